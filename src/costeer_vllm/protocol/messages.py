@@ -1,0 +1,173 @@
+"""Every message that crosses a process boundary, on one screen.
+
+Messages are tagged msgspec structs in msgpack, one per frame; nothing is ever pickled. Unknown fields are ignored and every
+field added later must have a default, so that old edge workers keep working; an unknown ``version`` is refused with a sentence.
+
+    edge worker  -> hub     Attach, Delta, End
+    hub          -> edge    Attached, Refused, Begin, Advance, End
+    engine       -> hub     Join, Admit, Begin, Advance, End
+    hub          -> engine  Joined, Admitted, Refused, Delta, End
+
+Begin, Advance, Delta and End are routed by their stream and forwarded byte for byte. No message has a field for private context.
+"""
+
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+MAX_FRAME_BYTES = 4 * 2**20  # a lossless float32 delta over 152,064 entries takes 608,256 bytes
+MAX_QUERY_BYTES = 2**20
+MAX_TOKENS = 2**17  # ids in one message: the longest replay
+
+Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._@:-]*$")]
+StreamId: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=192, pattern=r"^[\x21-\x7e]+$")]
+Sentence: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024)]
+Key: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
+Position: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+TokenId: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+TokenIds: TypeAlias = Annotated[list[TokenId], msgspec.Meta(max_length=MAX_TOKENS)]
+PrefixHash: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]  # 64 bits; see protocol/stream.py
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+Digest: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]  # SHA-256, hex
+
+
+class Message(msgspec.Struct, frozen=True, tag=True):
+    """One frame on a link."""
+
+
+class Vocabulary(msgspec.Struct, frozen=True):
+    """What two models must share for ids to mean the same: see ``vocab.fingerprint``."""
+
+    fingerprint: Digest
+    size: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]  # number of tokens, without padding
+
+
+class Turn(msgspec.Struct, frozen=True):
+    """One chat message of the query, text only."""
+
+    role: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+    content: Annotated[str, msgspec.Meta(max_length=MAX_QUERY_BYTES)]
+
+
+class Query(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the large model is asked, without any private context: exactly one of the three forms is set."""
+
+    messages: Annotated[list[Turn], msgspec.Meta(max_length=4096)] | None = None
+    prompt: Annotated[str, msgspec.Meta(max_length=MAX_QUERY_BYTES)] | None = None
+    prompt_ids: TokenIds | None = None
+    continue_final_message: bool = False
+
+
+class Attach(Message, frozen=True):
+    """An edge worker asks to serve under a name."""
+
+    version: int
+    worker: Name
+    instance: Key  # random per process: the same instance may replace its own half-open connection
+    model: Annotated[str, msgspec.Meta(max_length=512)]
+    vocabulary: Vocabulary
+    attach_key: Key | None = None
+    key_digest: Digest | None = None  # of the steering key, if the worker has one: see protocol/keys.py
+    max_streams: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
+
+
+class Attached(Message, frozen=True):
+    """The hub accepts; the edge worker must answer WebSocket pings that come every ``heartbeat_s`` seconds."""
+
+    worker: Name
+    heartbeat_s: float
+
+
+class Refused(Message, frozen=True):
+    """The hub refuses an Attach, a Join or an Admit: a code for programs, a sentence that says what to do for people."""
+
+    code: Literal["version", "attach_key", "name_taken", "full", "worker", "steering_key", "join", "vocabulary"]
+    sentence: Sentence
+    ticket: Count = 0  # of the Admit that is refused
+
+
+class Join(Message, frozen=True):
+    """An engine worker or a front end of a server introduces itself; nothing else is heard before."""
+
+    version: int
+    role: Literal["engine", "frontend"]
+
+
+class Joined(Message, frozen=True):
+    """The hub knows the engine."""
+
+    hub: Sentence  # name and version, for logs
+
+
+class Admit(Message, frozen=True):
+    """A front end asks which edge worker would steer a request, and whether it may."""
+
+    ticket: Count
+    vocabulary: Vocabulary
+    worker: Name | None = None  # None: the one named like ``user``, else the only one attached
+    user: Annotated[str, msgspec.Meta(max_length=512)] | None = None
+    key_digest: Digest | None = None  # of the key that the request presents
+
+
+class Admitted(Message, frozen=True):
+    """The request may be steered by ``worker``."""
+
+    ticket: Count
+    worker: Name
+    keyed: bool  # the worker has a steering key: Begin must carry a grant
+
+
+class Begin(Message, frozen=True):
+    """A stream starts, or starts again after preemption: the edge worker prefills both rows and answers Delta(position)."""
+
+    stream: StreamId
+    request: StreamId  # the client's request; its n > 1 children are streams of their own
+    worker: Name
+    query: Query
+    strength: float  # for the worker's own record; the engine applies it
+    tokens: TokenIds = []  # generated before, oldest first; position is their number
+    grant: Digest | None = None  # see protocol/keys.py
+
+
+class Advance(Message, frozen=True):
+    """Tokens were chosen: ``tokens`` are the last ones before ``position``, whatever the edge worker guessed or missed."""
+
+    stream: StreamId
+    position: Position
+    prefix_hash: PrefixHash  # of all generated ids up to position
+    tokens: TokenIds
+
+
+class Delta(Message, frozen=True):
+    """The edge worker's delta for exactly one prefix; any other use is forbidden."""
+
+    stream: StreamId
+    position: Position
+    prefix_hash: PrefixHash
+    payload: Annotated[bytes, msgspec.Meta(max_length=MAX_FRAME_BYTES)]  # see delta.py
+
+
+EndReason = Literal["finished", "preempted", "detached", "engine_gone", "refused", "overloaded", "unknown_stream", "failed"]
+
+
+class End(Message, frozen=True):
+    """The stream is over for the sender; counts are filled in by the engine."""
+
+    stream: StreamId
+    reason: EndReason
+    sentence: Sentence = ""
+    tokens_steered: Count = 0
+    tokens_missed: Count = 0
+
+
+EdgeToHub: TypeAlias = Attach | Delta | End
+HubToEdge: TypeAlias = Attached | Refused | Begin | Advance | End
+EngineToHub: TypeAlias = Join | Admit | Begin | Advance | End
+HubToEngine: TypeAlias = Joined | Admitted | Refused | Delta | End
+
+encode = msgspec.msgpack.Encoder().encode
+decode_edge_to_hub = msgspec.msgpack.Decoder(EdgeToHub).decode
+decode_hub_to_edge = msgspec.msgpack.Decoder(HubToEdge).decode
+decode_engine_to_hub = msgspec.msgpack.Decoder(EngineToHub).decode
+decode_hub_to_engine = msgspec.msgpack.Decoder(HubToEngine).decode
