@@ -80,7 +80,10 @@ class Attached(Message, frozen=True):
 
 
 class Refused(Message, frozen=True):
-    """The hub refuses an Attach, a Join or an Admit: a code for programs, a sentence that says what to do for people."""
+    """The hub refuses an Attach, a Join or an Admit: a code for programs, a sentence that says what to do for people.
+
+    ``join`` answers any other message of an engine that the hub does not know (it restarted): Join again.
+    """
 
     code: Literal["version", "attach_key", "name_taken", "full", "worker", "steering_key", "join", "vocabulary"]
     sentence: Sentence
@@ -88,10 +91,9 @@ class Refused(Message, frozen=True):
 
 
 class Join(Message, frozen=True):
-    """An engine worker or a front end of a server introduces itself; nothing else is heard before."""
+    """An engine introduces itself; before that only Admit is heard. A second Join of the same peer changes nothing."""
 
     version: int
-    role: Literal["engine", "frontend"]
 
 
 class Joined(Message, frozen=True):
@@ -101,8 +103,9 @@ class Joined(Message, frozen=True):
 
 
 class Admit(Message, frozen=True):
-    """A front end asks which edge worker would steer a request, and whether it may."""
+    """A front end asks which edge worker would steer a request, and whether it may; needs no Join before."""
 
+    version: int
     ticket: Count
     vocabulary: Vocabulary
     worker: Name | None = None  # None: the one named like ``user``, else the only one attached

@@ -1,0 +1,109 @@
+"""The ``costeer`` command: the only reader of argv, and of the environment outside vLLM's processes."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from costeer_vllm.errors import CoSteerError
+
+app = typer.Typer(
+    help="Steer a large model served by vLLM with a private context that never leaves your device.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+errors = Console(stderr=True)
+
+AttachKey = Annotated[
+    str | None,
+    typer.Option(envvar="COSTEER_ATTACH_KEY", help="The key that edge workers and engines must have.", show_envvar=True),
+]
+PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command(context_settings=PASS_THROUGH)
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="The large model: a Hugging Face name or a folder.")],
+    hub: Annotated[str | None, typer.Option(envvar="COSTEER_HUB", help="A hub that runs elsewhere: host:port.")] = None,
+    hub_host: Annotated[
+        str, typer.Option(envvar="COSTEER_HUB_HOST", help="Where our own hub listens for edge workers.")
+    ] = "127.0.0.1",
+    hub_port: Annotated[int, typer.Option(envvar="COSTEER_HUB_PORT", help="And on which port.")] = 8770,
+    attach_key: AttachKey = None,
+) -> None:
+    """Serve MODEL with vLLM and steering on. Other options go to vllm serve as they are."""
+    from costeer_vllm.serve import serve_command
+
+    environment = {"HUB": hub, "HUB_HOST": hub_host, "HUB_PORT": str(hub_port), "ATTACH_KEY": attach_key}
+    os.environ.update({f"COSTEER_{name}": value for name, value in environment.items() if value is not None})
+    command = serve_command(model, context.args)
+    os.execv(command[0], command)
+
+
+@app.command()
+def hub(
+    host: Annotated[
+        str, typer.Option(help="Where to listen for edge workers; beyond loopback an attach key is due.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="And on which port.")] = 8770,
+    engine_endpoint: Annotated[
+        str | None, typer.Option(help="Where to listen for engines: tcp://host:port or ipc://path; default port + 1.")
+    ] = None,
+    attach_key: AttachKey = None,
+    exit_with_parent: Annotated[
+        bool, typer.Option("--exit-with-parent", help="End when the starting process has ended.")
+    ] = False,
+) -> None:
+    """Run a hub: the place where edge workers and engines meet."""
+    from costeer_vllm.hub.app import HubSettings, run
+
+    shown = f"[{host}]" if ":" in host else host
+    endpoint = engine_endpoint or f"tcp://{shown}:{port + 1}"
+    run(HubSettings(host=host, port=port, engine_endpoint=endpoint, attach_key=attach_key, exit_with_parent=exit_with_parent))
+
+
+@app.command()
+def edge(
+    hub: Annotated[str, typer.Option(help="The hub to attach to: ws://host:port.")],
+    name: Annotated[str, typer.Option(help="The name under which requests ask for this worker.")],
+    model: Annotated[str, typer.Option(help="The small model: a Hugging Face name or a folder.")],
+    context: Annotated[Path, typer.Option(help="The private context: a text or Markdown file. It never leaves this process.")],
+    template: Annotated[Path | None, typer.Option(help="A chat template (Jinja) in place of the small model's own.")] = None,
+    key: Annotated[
+        str | None, typer.Option(envvar="COSTEER_KEY", help="A steering key: only requests that present it are steered.")
+    ] = None,
+    attach_key: AttachKey = None,
+    delta: Annotated[Literal["lossless", "sparse"], typer.Option(help="How deltas are encoded.")] = "sparse",
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="The small model's number format.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    max_streams: Annotated[int, typer.Option(min=1, max=4096, help="Requests steered at the same time.")] = 64,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads for the small model.")] = None,
+) -> None:
+    """Attach this device: run the small model on the private context and answer the hub."""
+    from costeer_vllm.edge.worker import EdgeSettings, run
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    settings = EdgeSettings(
+        hub=hub, name=name, model=model, context=context, template=template, attach_key=attach_key, steering_key=key,
+        delta=delta, dtype=dtype, device=device, max_streams=max_streams, threads=threads,
+    )  # fmt: skip
+    raise typer.Exit(run(settings))
+
+
+def main() -> None:
+    """Entry point: errors of ours are one sentence and exit code 1, not a traceback."""
+    try:
+        app()
+    except CoSteerError as error:
+        errors.print(str(error), style="red", markup=False, highlight=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

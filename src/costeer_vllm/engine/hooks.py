@@ -1,0 +1,270 @@
+"""Every contact with a private part of vLLM, and nothing else.
+
+    process     symbol wrapped                                     why
+    all         EngineArgs.create_engine_config                    the short name "costeer"; checks; start of the hub
+    front end   OpenAIServingModels.__init__                       MODEL+costeer is listed and accepted
+    front end   OnlineRenderer.preprocess_chat, .preprocess_cmpl   admission (HTTP 400 before a stream starts); cache_salt
+    front end   {ChatCompletion,Completion,Responses}Request
+                .to_sampling_params                                what was admitted goes into extra_args
+    front end   RequestLogger.log_request_body                     a steering key stands in no log
+    worker, V2  RequestState.add_request, .remove_request          who sits in which slot, and when they leave
+
+A symbol that is gone or has lost a parameter we use stops a server that names costeer at start, with a sentence. A server that
+does not name it is served as if this package were not there, except that a request with ``costeer`` is refused.
+"""
+
+import functools
+import importlib
+import inspect
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from costeer_vllm.errors import CoSteerError, InvalidParameter, Unsupported
+
+logger = logging.getLogger("vllm.costeer")  # below vLLM's own logger: its handlers, its level
+
+NAME = "costeer"
+PROCESSOR = "costeer_vllm.engine.processor:CoSteerLogitsProcessor"
+ALIAS_SUFFIX = "+costeer"
+
+_state = {"installed": False, "named": False}
+_problems: list[str] = []
+
+
+def install() -> None:
+    """vLLM's general plugin: runs once in every process that vLLM starts. Opens nothing and starts nothing."""
+    if not _state["installed"]:
+        _state["installed"] = True
+        _wrap("vllm.engine.arg_utils", "EngineArgs", "create_engine_config", [], _create_engine_config)
+
+
+def watch_request_states() -> None:
+    """Let ``Slots`` know who arrives and who leaves; called by the worker that builds the processor for Model Runner V2."""
+    parameters = ["req_id", "prompt_len", "all_token_ids"]
+    _wrap("vllm.v1.worker.gpu.states", "RequestState", "add_request", parameters, _add_request)
+    _wrap("vllm.v1.worker.gpu.states", "RequestState", "remove_request", ["req_id"], _remove_request)
+    _raise_problems()
+
+
+def _wrap(module: str, owner: str, name: str, parameters: Sequence[str], wrapper: Callable[..., Any]) -> None:
+    """Replace ``module.owner.name`` by ``wrapper(original, *args)``, once; record a problem if it is not as expected."""
+    try:
+        cls = getattr(importlib.import_module(module), owner)
+        original = getattr(cls, name)
+    except (ImportError, AttributeError):
+        _problems.append(f"{module}.{owner}.{name} is gone")
+        return
+    if getattr(original, "wrapped_by_costeer", False):
+        return
+    missing = [parameter for parameter in parameters if parameter not in inspect.signature(original).parameters]
+    if missing:
+        _problems.append(f"{module}.{owner}.{name} has no parameter {', '.join(missing)}")
+        return
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    wrapped.wrapped_by_costeer = True  # type: ignore[attr-defined]
+    setattr(cls, name, wrapped)
+
+
+def _raise_problems() -> None:
+    if _problems:
+        import vllm
+
+        raise Unsupported(
+            f"costeer: vLLM {vllm.__version__} differs from the versions that were run ({'; '.join(_problems)}); "
+            "docs/compatibility.md lists those: install one of them, or a newer costeer-vllm"
+        )
+
+
+# All processes
+
+
+def _create_engine_config(original: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) -> Any:
+    processors, named = _resolve(args.logits_processors)
+    if named:
+        args.logits_processors = processors
+    config = original(args, *rest, **kwargs)
+    _install_front_end()
+    if named:
+        _raise_problems()
+        _check_supported(config)
+        from costeer_vllm.engine.hub_process import ensure_hub
+
+        logger.info("the hub's engine endpoint is %s", ensure_hub())
+        _state["named"] = True
+    return config
+
+
+def _resolve(processors: Sequence[Any] | None) -> tuple[list[Any], bool]:
+    """The list with ``costeer`` in its full form, once, and whether it was in it."""
+    resolved: list[Any] = []
+    named = False
+    for processor in processors or ():
+        is_ours = processor in (NAME, PROCESSOR) or getattr(processor, "__name__", "") == PROCESSOR.partition(":")[2]
+        if not (is_ours and named):
+            resolved.append(PROCESSOR if is_ours else processor)
+        named |= is_ours
+    return resolved, named
+
+
+def _check_supported(config: Any) -> None:
+    refusals = {
+        "speculative decoding": config.speculative_config is not None,
+        "a pooling model": config.model_config.runner_type == "pooling",
+        "a diffusion model": getattr(config.model_config, "is_diffusion", False),
+        "batch-sharded sampling": getattr(config.parallel_config, "enable_batch_sharded_sampling", False),
+        "pipeline parallelism": config.parallel_config.pipeline_parallel_size > 1,
+        "the Rust front end (VLLM_USE_RUST_FRONTEND)": os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
+    }
+    for what, is_on in refusals.items():
+        if is_on:
+            raise Unsupported(f"costeer: {what} cannot be steered yet; switch it off, or leave out --logits-processor costeer")
+
+
+# Front end
+
+
+def _install_front_end() -> None:
+    openai = "vllm.entrypoints.openai"
+    renderer = "vllm.renderers.online_renderer"
+    _wrap(f"{openai}.models.serving", "OpenAIServingModels", "__init__", ["base_model_paths"], _serving_models)
+    _wrap(renderer, "OnlineRenderer", "preprocess_chat", ["request"], _preprocess_chat)
+    _wrap(renderer, "OnlineRenderer", "preprocess_cmpl", ["request", "prompts"], _preprocess_cmpl)
+    for route, owner in (("chat_completion", "ChatCompletionRequest"), ("completion", "CompletionRequest"),
+                         ("responses", "ResponsesRequest")):  # fmt: skip
+        _wrap(f"{openai}.{route}.protocol", owner, "to_sampling_params", [], _to_sampling_params)
+    _wrap("vllm.entrypoints.serve.utils.request_logger", "RequestLogger", "log_request_body", ["request"], _log_request_body)
+
+
+class Granted(list[dict[str, Any]]):
+    """What admission put in the place of the client's ``costeer`` object: one steering request per prompt, in order."""
+
+
+def _serving_models(original: Callable[..., None], models: Any, *args: Any, **kwargs: Any) -> None:
+    original(models, *args, **kwargs)
+    if _state["named"]:
+        paths = models.base_model_paths
+        for path in list(paths):
+            if not path.name.endswith(ALIAS_SUFFIX):
+                paths.append(type(path)(name=path.name + ALIAS_SUFFIX, model_path=path.model_path))
+
+
+def _asks(request: Any) -> bool:
+    extra = getattr(request, "model_extra", None) or {}
+    model = getattr(request, "model", None)
+    return extra.get(NAME) is not None or (_state["named"] and isinstance(model, str) and model.endswith(ALIAS_SUFFIX))
+
+
+async def _preprocess_chat(original: Callable[..., Any], renderer: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    if not _asks(request) or isinstance(request.model_extra.get(NAME), Granted):
+        return await original(renderer, request, *args, **kwargs)
+    from costeer_vllm.engine.admission import chat_query
+
+    with _as_bad_request():
+        permission = await _permission(renderer, request)
+    conversation, engine_inputs = await original(renderer, request, *args, **kwargs)
+    with _as_bad_request():
+        query = chat_query(conversation, bool(getattr(request, "continue_final_message", False)))
+        request.model_extra[NAME] = Granted([permission.steer(_request_id(request), query)])
+    return conversation, engine_inputs
+
+
+async def _preprocess_cmpl(
+    original: Callable[..., Any], renderer: Any, request: Any, prompts: Any, *args: Any, **kwargs: Any
+) -> Any:
+    if _asks(request) and not isinstance(request.model_extra.get(NAME), Granted):
+        from costeer_vllm.engine.admission import prompt_query
+
+        with _as_bad_request():
+            permission = await _permission(renderer, request)
+            request_id = _request_id(request)
+            request.model_extra[NAME] = Granted(permission.steer(request_id, prompt_query(prompt)) for prompt in prompts)
+    return await original(renderer, request, prompts, *args, **kwargs)
+
+
+async def _permission(renderer: Any, request: Any) -> Any:
+    from costeer_vllm.engine.admission import ask_permission
+    from costeer_vllm.request import parse_options
+
+    if not _state["named"]:
+        raise Unsupported("costeer: this server was started without --logits-processor costeer, so it cannot steer")
+    if getattr(request, "use_beam_search", False):
+        raise InvalidParameter("use_beam_search", True, "false for a steered request")
+    if any(getattr(tool, "type", "function") != "function" for tool in getattr(request, "tools", None) or ()):
+        raise InvalidParameter("tools", "a built-in tool", "functions only for a steered request")
+    options = parse_options(request.model_extra.get(NAME))
+    permission = await ask_permission(options, getattr(request, "user", None), _vocabulary(renderer.renderer))
+    if getattr(request, "cache_salt", None) is None:
+        request.cache_salt = permission.cache_salt()
+    return permission
+
+
+def _vocabulary(renderer: Any) -> Any:
+    """The fingerprint of the served model's vocabulary, computed once per renderer."""
+    if not hasattr(renderer, "costeer_vocabulary"):
+        from costeer_vllm.vocab import fingerprint
+
+        renderer.costeer_vocabulary = fingerprint(renderer.get_tokenizer().get_vocab())
+    return renderer.costeer_vocabulary
+
+
+def _to_sampling_params(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
+    params = original(request, *args, **kwargs)
+    if _asks(request):
+        granted = request.model_extra.get(NAME)
+        if not isinstance(granted, Granted) or not granted:
+            with _as_bad_request():
+                raise Unsupported("costeer: a request of this kind cannot be steered by this route and model")
+        params.extra_args = {**(params.extra_args or {}), NAME: granted.pop(0) if len(granted) > 1 else granted[0]}
+    return params
+
+
+def _request_id(request: Any) -> str:
+    """The id that the response will carry, unless the client's X-Request-Id header sets another."""
+    prefix = {"ChatCompletionRequest": "chatcmpl-", "CompletionRequest": "cmpl-"}.get(type(request).__name__, "")
+    return f"{prefix}{request.request_id}"
+
+
+def _log_request_body(original: Callable[..., None], request_logger: Any, request: Any) -> None:
+    extra = getattr(request, "model_extra", None) or {}
+    if isinstance(extra.get(NAME), dict) and "key" in extra[NAME]:
+        request = request.model_copy()
+        request.__pydantic_extra__ = {**extra, NAME: {**extra[NAME], "key": "***"}}
+    original(request_logger, request)
+
+
+class _as_bad_request:
+    """Our errors inside become vLLM's validation error: HTTP 400 on every route, also for ``stream: true``."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, CoSteerError):
+            from vllm.exceptions import VLLMValidationError
+
+            raise VLLMValidationError(str(error), parameter=NAME) from None
+
+
+# Worker, Model Runner V2
+
+
+def _add_request(original: Callable[..., None], states: Any, req_id: str, prompt_len: int, all_token_ids: list[int],
+                 *args: Any, **kwargs: Any) -> None:  # fmt: skip
+    original(states, req_id, prompt_len, all_token_ids, *args, **kwargs)
+    slots = getattr(states.all_token_ids, "costeer_slots", None)
+    if slots is not None:
+        slots.arrive(states.req_id_to_index[req_id], all_token_ids[prompt_len:])
+
+
+def _remove_request(original: Callable[..., int | None], states: Any, req_id: str) -> int | None:
+    slot = original(states, req_id)
+    slots = getattr(states.all_token_ids, "costeer_slots", None)
+    if slots is not None and slot is not None:
+        slots.vacate(slot)
+    return slot

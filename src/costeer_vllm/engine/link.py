@@ -1,0 +1,112 @@
+"""The engine's end of the hub link: one ZeroMQ DEALER, typed messages, no thread of ours.
+
+ZeroMQ's own I/O thread moves the bytes, so ``send`` returns at once and nothing here ever competes for the interpreter lock.
+"""
+
+import math
+import time
+import uuid
+from collections.abc import Iterator
+
+import msgspec
+import zmq
+
+from costeer_vllm.errors import HubUnavailable
+from costeer_vllm.protocol import keys
+from costeer_vllm.protocol.messages import (
+    MAX_FRAME_BYTES,
+    PROTOCOL_VERSION,
+    Admit,
+    Admitted,
+    Advance,
+    Begin,
+    End,
+    HubToEngine,
+    Join,
+    Refused,
+    decode_hub_to_engine,
+    encode,
+)
+
+_MAX_QUEUED_FRAMES = 10_000  # per direction; beyond it frames are dropped and their tokens counted as missed
+
+
+def connect(endpoint: str, attach_key: str | None) -> zmq.Socket[bytes]:
+    """A DEALER connected to the hub's engine endpoint (``tcp://`` or ``ipc://``); ZeroMQ keeps reconnecting by itself."""
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    socket.setsockopt(zmq.ROUTING_ID, b"E" + uuid.uuid4().bytes)
+    socket.setsockopt(zmq.LINGER, 200)
+    socket.setsockopt(zmq.SNDHWM, _MAX_QUEUED_FRAMES)
+    socket.setsockopt(zmq.RCVHWM, _MAX_QUEUED_FRAMES)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES + 4096)
+    socket.setsockopt(zmq.RECONNECT_IVL, 50)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+    if attach_key is not None and endpoint.startswith("tcp://"):
+        hub_public, _ = keys.curve_keypair(attach_key)
+        public, secret = zmq.curve_keypair()
+        socket.setsockopt(zmq.CURVE_SERVERKEY, hub_public)
+        socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
+    socket.connect(endpoint)
+    return socket
+
+
+class HubLink:
+    """An engine worker's link. Not thread-safe: used by the thread that runs the model only."""
+
+    def __init__(self, endpoint: str, attach_key: str | None) -> None:
+        self._socket = connect(endpoint, attach_key)
+        self.num_malformed = 0
+        self.num_dropped = 0
+        self.join()
+
+    def join(self) -> None:
+        """Introduce this engine to the hub, at start and whenever a hub that restarted does not know it."""
+        self.send(Join(PROTOCOL_VERSION))
+
+    def send(self, message: Join | Begin | Advance | End) -> None:
+        """Queue a message; dropped and counted if the hub has not taken the last 10,000."""
+        try:
+            self._socket.send(encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            self.num_dropped += 1
+
+    def receive(self, timeout_s: float) -> Iterator[HubToEngine]:
+        """Every message that is there, after waiting up to ``timeout_s`` for the first; malformed ones are counted only."""
+        if not self._socket.poll(math.ceil(max(0.0, timeout_s) * 1000)):
+            return
+        while True:
+            try:
+                frame = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                yield decode_hub_to_engine(frame)
+            except msgspec.MsgspecError:
+                self.num_malformed += 1
+
+    def close(self) -> None:
+        """Close at once; queued frames have 200 ms to leave."""
+        self._socket.close()
+
+
+def admit(endpoint: str, attach_key: str | None, request: Admit, timeout_s: float = 3.0) -> Admitted | Refused:
+    """Ask the hub whether and by whom a request is steered. Blocks; safe in any thread, since it uses a socket of its own.
+
+    Raises:
+        HubUnavailable: if no answer comes within ``timeout_s`` seconds.
+    """
+    socket = connect(endpoint, attach_key)
+    try:
+        socket.send(encode(request))
+        deadline = time.monotonic() + timeout_s
+        while (left := deadline - time.monotonic()) > 0 and socket.poll(math.ceil(left * 1000)):
+            try:
+                answer = decode_hub_to_engine(socket.recv())
+            except msgspec.MsgspecError:
+                continue
+            if isinstance(answer, (Admitted, Refused)) and answer.ticket == request.ticket:
+                return answer
+        raise HubUnavailable(f"costeer: the hub at {endpoint} did not answer within {timeout_s:g} s; is it running?")
+    finally:
+        socket.close(0)

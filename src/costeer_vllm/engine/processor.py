@@ -1,0 +1,205 @@
+"""The logits processor: one class for both of vLLM's model runners.
+
+Runner V1 calls ``update_state`` before and ``apply(logits)`` after the forward pass; Model Runner V2 calls ``add_request``,
+``apply_staged_writes`` and ``apply(logits, ctx)``. Either way a token goes out as soon as the runner shows it, the two models
+run side by side, and the wait for the delta happens in ``apply``. Under tensor parallelism rank 0 talks to the hub and
+broadcasts what it got, so that all ranks add the same delta in the same step.
+
+An exception in one of these hooks would end vLLM's engine, so every one of them is total: see ``_total``.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from vllm.sampling_params import SamplingParams
+from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
+from vllm.v1.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV1
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
+
+from costeer_vllm.engine import hooks, settings
+from costeer_vllm.engine.batch import steer_batch
+from costeer_vllm.engine.link import HubLink
+from costeer_vllm.engine.ranks import Ranks
+from costeer_vllm.engine.slots import Slots, TokenReader
+from costeer_vllm.engine.streams import SteeredStream, StreamTable
+from costeer_vllm.request import SteeringRequest, parse_admitted
+
+logger = logging.getLogger("vllm.costeer")  # below vLLM's own logger: its handlers, its level
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _total(fallback: Callable[..., T]) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Make a hook total: log what it raises and return ``fallback`` of the same arguments instead."""
+
+    def decorate(hook: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(hook)
+        def total(*args: P.args, **kwargs: P.kwargs) -> T:
+            try:
+                return hook(*args, **kwargs)
+            except Exception:
+                logger.exception("%s failed; the tokens of this step are unsteered", hook.__name__)
+                return fallback(*args, **kwargs)
+
+        return total
+
+    return decorate
+
+
+class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc]
+    """Adds ``strength * delta`` to the logits of steered requests and leaves every other row alone."""
+
+    def __init__(self, vllm_config: Any, where: Any, is_pin_memory: bool | None = None) -> None:
+        """V1 calls this with ``(vllm_config, device, is_pin_memory)``, V2 with ``(vllm_config, req_states)``."""
+        self._ranks = Ranks()
+        self._vocab_size: int = vllm_config.model_config.get_vocab_size()
+        self._table: StreamTable | None = None
+        self._rows: dict[int, tuple[SteeredStream, list[int]]] = {}  # V1: row -> stream, the runner's list of output ids
+        self._slots: Slots | None = None
+        if hasattr(where, "all_token_ids"):
+            hooks.watch_request_states()
+            self._slots = Slots(where, on_vacated=self._vacate)
+            self._reader = TokenReader(where)
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Refuse, before admission to the engine, what no admission of ours can have produced.
+
+        Raises:
+            InvalidParameter: a ValueError, which becomes HTTP 400.
+        """
+        _steering_request(sampling_params)
+
+    # Runner V1
+
+    def is_argmax_invariant(self) -> bool:
+        """False: steering changes the greedy choice."""
+        return False
+
+    @_total(lambda self, batch_update: None)
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Follow the batch, then send out the tokens that the last step chose."""
+        if batch_update is not None:
+            self._follow(batch_update)
+        self._advance_rows()
+
+    def _follow(self, update: BatchUpdate) -> None:
+        # ``removed`` does not list a row whose place an added or moved request takes in the same update.
+        for row in update.removed:
+            self._end_row(row)
+        for row, params, _, output_ids in update.added:
+            self._end_row(row)
+            if (request := _steering_request_or_none(params)) is not None:
+                stream = self._streams().begin(request, output_ids, _stop_ids(params))
+                self._rows[row] = stream, output_ids
+        for source, target, direction in update.moved:
+            moved, displaced = self._rows.pop(source, None), self._rows.pop(target, None)
+            if moved is not None:
+                self._rows[target] = moved
+            if displaced is not None and direction == MoveDirectionality.SWAP:
+                self._rows[source] = displaced
+            elif displaced is not None:
+                self._end(displaced[0], len(displaced[1]) > displaced[0].position)
+
+    def _end_row(self, row: int) -> None:
+        if (entry := self._rows.pop(row, None)) is not None:
+            stream, output_ids = entry
+            self._end(stream, kept=len(output_ids) > stream.position)
+
+    def _advance_rows(self) -> None:
+        for stream, output_ids in self._rows.values():
+            # Under async scheduling the newest id is a placeholder (-1) until the runner has copied it to the host.
+            tokens = output_ids[stream.position :]
+            if tokens and -1 not in tokens:
+                self._streams().advance(stream, tokens)
+
+    # Model Runner V2
+
+    @_total(lambda self, req_idx, sampling_params: False)
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        """Take the slot's new occupant if it asks for steering; False lets the runner skip ``apply`` altogether."""
+        self._vacate(req_idx)
+        request = _steering_request_or_none(sampling_params)
+        if request is None:
+            return False
+        assert self._slots is not None
+        output_ids = self._slots.arrived_output(req_idx)
+        self._slots.streams[req_idx] = self._streams().begin(request, output_ids, _stop_ids(sampling_params))
+        return True
+
+    @_total(lambda self: None)
+    def apply_staged_writes(self) -> None:
+        """Start to read the tokens that the last step chose; where the device is the host, send them out at once."""
+        if self._slots is not None and self._slots.sampled:
+            self._reader.start(self._slots)
+            if self._reader.is_ready:
+                self._advance_slots()
+
+    def _advance_slots(self) -> None:
+        for stream, token in self._reader.finish():
+            if stream.undecided is not None:
+                self._streams().advance(stream, [token])
+
+    def _vacate(self, slot: int) -> None:
+        assert self._slots is not None
+        if (stream := self._slots.streams.pop(slot, None)) is not None:
+            self._slots.sampled.pop(slot, None)
+            self._end(stream, kept=True)
+
+    # Both runners
+
+    @_total(lambda self, logits, ctx=None: logits)
+    def apply(self, logits: torch.Tensor, ctx: LogitsContext | None = None) -> torch.Tensor:
+        """Steer ``logits [rows, vocab]`` in place: wait for the deltas of this step, then one batched addition."""
+        rows = self._rows_v1() if ctx is None else self._rows_v2(ctx)
+        if rows:
+            streams = list(rows.values())
+            self._streams().collect(streams)
+            self._ranks.agree(self._streams(), streams)
+            steer_batch(logits, rows)
+        return logits
+
+    def _rows_v1(self) -> dict[int, SteeredStream]:
+        self._advance_rows()
+        return {row: stream for row, (stream, _) in sorted(self._rows.items())}
+
+    def _rows_v2(self, ctx: LogitsContext) -> dict[int, SteeredStream]:
+        assert self._slots is not None
+        self._advance_slots()
+        rows = self._slots.rows(ctx)
+        self._slots.sampled = {int(ctx.idx_mapping_np[row]): stream for row, stream in rows.items()}
+        return rows
+
+    def _streams(self) -> StreamTable:
+        if self._table is None:
+            link = HubLink(settings.hub_endpoint(), settings.attach_key()) if self._ranks.is_first else None
+            self._table = StreamTable(link, self._vocab_size)
+        return self._table
+
+    def _end(self, stream: SteeredStream, kept: bool) -> None:
+        self._streams().end(stream, "finished", kept)
+
+
+def _steering_request(params: SamplingParams) -> SteeringRequest | None:
+    extra_args = params.extra_args
+    if not extra_args or "costeer" not in extra_args:
+        return None
+    return parse_admitted(extra_args["costeer"])
+
+
+def _steering_request_or_none(params: SamplingParams) -> SteeringRequest | None:
+    """For the engine, where validation is behind us and an exception would be fatal."""
+    try:
+        return _steering_request(params)
+    except ValueError as error:
+        logger.error("a request that passed admission cannot be steered: %s", error)
+        return None
+
+
+def _stop_ids(params: SamplingParams) -> frozenset[int]:
+    return frozenset((params.stop_token_ids or ()) if params.ignore_eos else params.all_stop_token_ids)

@@ -1,0 +1,164 @@
+"""The streams of one engine worker: what was asked of the edge workers, what came back, what each token got.
+
+Nothing here knows vLLM. The processor says which tokens were chosen and asks for deltas; the link carries the messages.
+"""
+
+import logging
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+
+from costeer_vllm.delta import DenseDelta, SparseDelta, decode
+from costeer_vllm.engine.link import HubLink
+from costeer_vllm.errors import InvalidDelta
+from costeer_vllm.protocol.messages import Admitted, Begin, Delta, End, EndReason, HubToEngine, Joined, Refused
+from costeer_vllm.protocol.stream import Stream
+from costeer_vllm.request import SteeringRequest
+
+logger = logging.getLogger("vllm.costeer")  # below vLLM's own logger: its handlers, its level
+
+
+class SteeredStream:
+    """One generation and its edge worker, on the engine's side."""
+
+    __slots__ = ("asked_at", "closed_by", "delta", "id", "invalid", "last_token", "missed", "payload", "protocol", "request", "silent",
+                 "steered", "stop_ids", "undecided")  # fmt: skip
+
+    def __init__(self, request: SteeringRequest, stop_ids: frozenset[int]) -> None:
+        self.id = f"{request.request}.{uuid.uuid4().hex[:8]}"
+        self.request = request
+        self.stop_ids = stop_ids
+        self.protocol = Stream()
+        self.payload: bytes | None = None  # of the delta for the current position, as it came
+        self.delta: DenseDelta | SparseDelta | None = None
+        self.asked_at = 0.0  # seconds, monotonic
+        self.last_token: int | None = None
+        self.silent = False  # nothing has come since the last miss: not worth another wait
+        self.closed_by: EndReason | None = None  # the edge or the hub ended it; its tokens are missed from there on
+        self.steered = self.missed = self.invalid = 0
+        self.undecided: bool | None = None  # the newest token: was it steered? counted once it is known to have been kept
+
+    @property
+    def position(self) -> int:
+        """Tokens generated before the one being chosen."""
+        return self.protocol.position
+
+    def wait_s(self, now: float) -> float:
+        """How long the current position may still wait for its delta, in seconds; 0 once it has it or has no hope."""
+        if self.delta is not None or self.closed_by is not None or self.silent:
+            return 0.0
+        return max(0.0, self.asked_at + self.request.deadline_ms / 1000 - now)
+
+
+class StreamTable:
+    """All streams of an engine worker, and the link they share. With ``link=None`` (other tensor-parallel ranks) it is mute."""
+
+    def __init__(self, link: HubLink | None, vocab_size: int) -> None:
+        self._link = link
+        self._vocab_size = vocab_size
+        self._streams: dict[str, SteeredStream] = {}
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def begin(self, request: SteeringRequest, tokens: Sequence[int], stop_ids: frozenset[int]) -> SteeredStream:
+        """Open a stream whose generation stands at ``tokens`` (none at first; more when it resumes after preemption)."""
+        stream = SteeredStream(request, stop_ids)
+        self._streams[stream.id] = stream
+        begin = Begin(stream.id, request.request, request.worker, request.query, request.strength, list(tokens), request.grant)
+        stream.protocol.feed(begin)
+        self._ask(stream, begin)
+        return stream
+
+    def advance(self, stream: SteeredStream, tokens: list[int]) -> None:
+        """Tell the edge worker which tokens were chosen, and so ask for the next delta."""
+        self._settle(stream)
+        stream.last_token = tokens[-1]
+        message = stream.protocol.advance(stream.id, tokens)
+        stream.protocol.feed(message)
+        stream.payload = stream.delta = None
+        if stream.closed_by is None:
+            self._ask(stream, message)
+
+    def collect(self, streams: Iterable[SteeredStream]) -> None:
+        """Wait until every one of ``streams`` has its delta or has waited long enough, all at the same time."""
+        if self._link is None:
+            return
+        self._receive(0.0)
+        streams = list(streams)
+        while (wait_s := max((stream.wait_s(time.monotonic()) for stream in streams), default=0.0)) > 0:
+            self._receive(wait_s)
+        for stream in streams:
+            stream.undecided = stream.delta is not None
+            stream.silent |= stream.delta is None
+
+    def adopt(self, stream: SteeredStream, payload: bytes | None) -> None:
+        """Take over what rank 0 decided for the current position."""
+        stream.payload, stream.delta = payload, None if payload is None else decode(payload, self._vocab_size)
+
+    def end(self, stream: SteeredStream, reason: EndReason, kept: bool = True) -> None:
+        """Close a stream and report its counts; ``kept`` False if the newest choice is known to have been thrown away."""
+        if self._streams.pop(stream.id, None) is None:
+            return
+        # Async scheduling runs one step past a stop token; what that step chose is thrown away as well.
+        if kept and stream.last_token not in stream.stop_ids:
+            self._settle(stream)
+        if self._link is None:
+            return
+        self._link.send(End(stream.id, reason, "", stream.steered, stream.missed))
+        if stream.missed or stream.invalid:
+            why = f" (edge: {stream.closed_by})" if stream.closed_by else ""
+            bad = f", {stream.invalid} unusable deltas" if stream.invalid else ""
+            logger.warning("stream %s by %s: %d tokens steered, %d missed%s%s",
+                           stream.id, stream.request.worker, stream.steered, stream.missed, why, bad)  # fmt: skip
+        else:
+            logger.info("stream %s by %s: %d tokens steered", stream.id, stream.request.worker, stream.steered)
+
+    def _ask(self, stream: SteeredStream, message: Begin | object) -> None:
+        stream.asked_at = time.monotonic()
+        if self._link is not None:
+            self._link.send(message)  # type: ignore[arg-type]
+
+    def _settle(self, stream: SteeredStream) -> None:
+        if stream.undecided is not None:
+            stream.steered += stream.undecided
+            stream.missed += not stream.undecided
+            stream.undecided = None
+
+    def _receive(self, timeout_s: float) -> None:
+        assert self._link is not None
+        for message in self._link.receive(timeout_s):
+            self._handle(message)
+
+    def _handle(self, message: HubToEngine) -> None:
+        if isinstance(message, Delta):
+            self._take(message)
+        elif isinstance(message, End):
+            if stream := self._streams.get(message.stream):
+                stream.closed_by = message.reason
+        elif isinstance(message, Refused) and message.code == "join":
+            # The hub restarted and knows none of our streams: their tokens are missed from here on, new ones will do.
+            assert self._link is not None
+            self._link.join()
+            for stream in self._streams.values():
+                stream.closed_by = "unknown_stream"
+        elif isinstance(message, (Joined, Admitted, Refused)):
+            logger.debug("hub: %s", type(message).__name__)
+
+    def _take(self, message: Delta) -> None:
+        stream = self._streams.get(message.stream)
+        if stream is None:
+            return
+        stream.silent = False
+        if not stream.protocol.wants(message):
+            return
+        try:
+            stream.delta = decode(message.payload, self._vocab_size)
+        except InvalidDelta as error:
+            # No other delta will come for this position: do not wait for one.
+            stream.invalid += 1
+            stream.silent = True
+            logger.warning("stream %s: %s", stream.id, error)
+            return
+        stream.payload = message.payload
+        stream.protocol.feed(message)

@@ -1,0 +1,148 @@
+"""Start a real server and real edge workers, wait until they are ready, stop them again: for the demo, benchmarks and tests."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from costeer_vllm.errors import CoSteerError
+from costeer_vllm.serve import has_cuda, vllm_executable
+
+START_TIMEOUT_S = 300.0  # loading and warming up a large model
+
+
+class StartFailed(CoSteerError):
+    """A process ended or did not become ready in time; the message holds the end of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A process of ours and where its output goes."""
+
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+    @property
+    def log_text(self) -> str:
+        """Everything that it printed so far."""
+        return self.log.read_text(errors="replace")
+
+
+@dataclass(frozen=True, slots=True)
+class Server(Running):
+    """A vLLM server with its hub."""
+
+    url: str  # of the OpenAI API, with /v1
+    hub: str  # host:port of the hub for edge workers and HTTP
+
+    def workers(self) -> list[str]:
+        """Names of the attached edge workers."""
+        answer = httpx.get(f"http://{self.hub}/v1/workers", trust_env=False).raise_for_status().json()
+        return [worker["name"] for worker in answer["workers"]]
+
+    def steered(self, request_id: str) -> dict[str, Any]:
+        """The hub's account of a request: tokens steered and missed, and its streams."""
+        answer = httpx.get(f"http://{self.hub}/v1/streams/{request_id}", trust_env=False).raise_for_status().json()
+        return dict(answer)
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody uses at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def serving(
+    model: Path | str,
+    folder: Path,
+    options: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    steering: bool = True,
+) -> Iterator[Server]:
+    """``vllm serve MODEL [--logits-processor costeer]`` on free ports, ready; logs to ``folder``.
+
+    Raises:
+        StartFailed: with the end of the log.
+    """
+    port, hub_port = free_port(), free_port()
+    command = [vllm_executable(), "serve", str(model), "--port", str(port), "--host", "127.0.0.1", *options]
+    command += ["--logits-processor", "costeer"] if steering else []
+    variables = {"COSTEER_HUB_PORT": str(hub_port), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if not has_cuda():
+        variables["VLLM_CPU_KVCACHE_SPACE"] = "1"
+        command += ["--gpu-memory-utilization", "0.3"]
+    with running(command, folder / "server.log", {**variables, **(environment or {})}) as started:
+        server = Server(started.process, started.log, f"http://127.0.0.1:{port}/v1", f"127.0.0.1:{hub_port}")
+        wait_for(lambda: _answers(f"http://127.0.0.1:{port}/health"), started)
+        yield server
+
+
+@contextlib.contextmanager
+def edge_worker(hub: str, name: str, model: Path, context: Path, folder: Path, options: Sequence[str] = (),
+                environment: Mapping[str, str] | None = None) -> Iterator[Running]:  # fmt: skip
+    """``costeer edge`` under ``name``, attached to the hub at ``host:port``; logs to ``folder``.
+
+    Raises:
+        StartFailed: with the end of the log.
+    """
+    command = [sys.executable, "-m", "costeer_vllm.cli", "edge", "--hub", f"ws://{hub}", "--name", name]
+    command += ["--model", str(model), "--context", str(context), *options]
+    with running(command, folder / f"edge-{name}.log", {"HF_HUB_OFFLINE": "1", **(environment or {})}) as edge:
+        wait_for(lambda: "attached as" in edge.log_text, edge)
+        yield edge
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Iterator[Running]:
+    """A child process with its output in ``log``; terminated, and killed after 20 s, at the end."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **environment}
+        )
+    try:
+        yield Running(process, log)
+    finally:
+        stop(process)
+
+
+def stop(process: "subprocess.Popen[bytes]") -> None:
+    """Terminate, wait, and if need be kill."""
+    process.terminate()
+    try:
+        process.wait(20.0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def wait_for(condition: Any, watched: Running, timeout_s: float = START_TIMEOUT_S) -> None:
+    """Poll ``condition()`` until it is true; fail at once if the process ends before."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if watched.process.poll() is not None:
+            raise StartFailed(f"{watched.log.stem} ended with exit code {watched.process.returncode}:\n{_end_of(watched.log)}")
+        if time.monotonic() > deadline:
+            raise StartFailed(f"{watched.log.stem} was not ready within {timeout_s:g} s:\n{_end_of(watched.log)}")
+        time.sleep(0.05)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=2.0, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _end_of(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-30:])

@@ -1,0 +1,131 @@
+"""The ``costeer`` object of a request: what a client may say, and what the engine is told after admission."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeAlias, get_args
+
+import msgspec
+
+from costeer_vllm.errors import InvalidParameter
+from costeer_vllm.protocol.messages import Digest, Name, Query, StreamId
+from costeer_vllm.steering import SteeringParams, check_finite, check_strength
+
+OnMissing: TypeAlias = Literal["continue"]
+
+DEFAULT_DEADLINE_MS = 5_000.0
+MAX_DEADLINE_MS = 600_000.0
+_STEERING_FIELDS = ("T", "alpha", "beta", "lambda", "eta")
+FIELDS = ("worker", "key", *_STEERING_FIELDS, "strength", "on_missing", "deadline_ms")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """A client's ``costeer`` object, checked. ``key`` is secret and shown nowhere."""
+
+    worker: str | None
+    key: str | None
+    strength: float  # c_T, unitless
+    on_missing: OnMissing
+    deadline_ms: float  # how long a token may wait for its delta
+
+    def __repr__(self) -> str:
+        key = None if self.key is None else "***"
+        return f"Options(worker={self.worker!r}, key={key}, strength={self.strength}, deadline_ms={self.deadline_ms})"
+
+
+class SteeringRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What an admitted request carries to the engine in ``SamplingParams.extra_args["costeer"]``: no key, no context."""
+
+    request: StreamId
+    worker: Name
+    query: Query
+    strength: float
+    deadline_ms: Annotated[float, msgspec.Meta(ge=0, le=MAX_DEADLINE_MS)] = DEFAULT_DEADLINE_MS
+    on_missing: OnMissing = "continue"
+    grant: Digest | None = None
+
+
+def parse_options(body: object) -> Options:
+    """The client's ``costeer`` object -> Options. ``None`` (a model alias without an object) means all defaults.
+
+    Raises:
+        InvalidParameter: naming the field, its value and what is allowed.
+    """
+    if body is None:
+        body = {}
+    if not isinstance(body, Mapping):
+        raise InvalidParameter("costeer", body, f"an object with any of {', '.join(FIELDS)}")
+    for field in body:
+        if field not in FIELDS:
+            raise InvalidParameter(f"the field {field!r} of costeer", "unknown", _suggestion(str(field)))
+    given = {field: value for field, value in body.items() if value is not None}
+    return Options(
+        worker=_text(given, "worker", 128),
+        key=_text(given, "key", 512),
+        strength=_strength(given),
+        on_missing=_on_missing(given.get("on_missing", "continue")),
+        deadline_ms=_deadline(given.get("deadline_ms", DEFAULT_DEADLINE_MS)),
+    )
+
+
+def parse_admitted(value: object) -> SteeringRequest:
+    """``extra_args["costeer"]`` -> SteeringRequest; trusts nothing, since some routes let clients fill ``extra_args``.
+
+    Raises:
+        InvalidParameter: if it is not exactly what admission produces.
+    """
+    try:
+        admitted = msgspec.convert(value, SteeringRequest)
+    except (msgspec.ValidationError, RecursionError) as error:
+        # msgspec's sentence names the path and the expected type, never the value.
+        raise InvalidParameter("extra_args.costeer", type(value).__name__, f"an admitted steering request ({error})") from None
+    check_strength("strength", admitted.strength)
+    check_finite("deadline_ms", admitted.deadline_ms)
+    forms = (admitted.query.messages, admitted.query.prompt, admitted.query.prompt_ids)
+    if sum(form is not None for form in forms) != 1:
+        raise InvalidParameter("extra_args.costeer.query", "ambiguous", "exactly one of messages, prompt and prompt_ids")
+    return admitted
+
+
+def to_extra_args(request: SteeringRequest) -> dict[str, Any]:
+    """SteeringRequest -> plain dictionaries, as ``extra_args`` must hold."""
+    plain: dict[str, Any] = msgspec.to_builtins(request)
+    return plain
+
+
+def _strength(given: Mapping[str, Any]) -> float:
+    by_paper = [field for field in _STEERING_FIELDS if field in given]
+    if "strength" in given:
+        if by_paper:
+            raise InvalidParameter("strength", given["strength"], f"given alone, not together with {', '.join(by_paper)}")
+        return check_strength("strength", given["strength"])
+    names = {"lambda": "player_lambda"}
+    return SteeringParams(**{names.get(field, field): given[field] for field in by_paper}).strength
+
+
+def _text(given: Mapping[str, Any], field: str, longest: int) -> str | None:
+    value = given.get(field)
+    if value is None or (isinstance(value, str) and 0 < len(value) <= longest and value.isprintable()):
+        return value
+    shown = "***" if field == "key" else value
+    raise InvalidParameter(field, shown, f"a printable string of 1 to {longest} characters")
+
+
+def _on_missing(value: object) -> OnMissing:
+    if value not in get_args(OnMissing):
+        raise InvalidParameter("on_missing", value, "'continue' (a token whose delta is late is chosen unsteered, and counted)")
+    return "continue"
+
+
+def _deadline(value: object) -> float:
+    deadline_ms = check_finite("deadline_ms", value)
+    if not 0 <= deadline_ms <= MAX_DEADLINE_MS:
+        raise InvalidParameter("deadline_ms", value, f"a number of milliseconds from 0 to {MAX_DEADLINE_MS:g}")
+    return deadline_ms
+
+
+def _suggestion(field: str) -> str:
+    close = difflib.get_close_matches(field, FIELDS, 1, 0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"one of {', '.join(FIELDS)}{hint}"
