@@ -90,10 +90,29 @@ def edge(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = EdgeSettings(
-        hub=hub, name=name, model=model, context=context, template=template, attach_key=attach_key, steering_key=key,
+        hub=hub, name=name, model=model, context=str(context), template=None if template is None else str(template), attach_key=attach_key, steering_key=key,
         delta=delta, dtype=dtype, device=device, max_streams=max_streams, threads=threads,
     )  # fmt: skip
     raise typer.Exit(run(settings))
+
+
+@app.command()
+def demo(
+    T: Annotated[int, typer.Option("--T", min=1, help="Iterations of Eq. 7; the default is what the demo's scores support.")] = 5,
+    profiles: Annotated[int, typer.Option(min=1, max=8, help="Edge workers to start, each with 25 queries.")] = 2,
+    rows: Annotated[int, typer.Option(min=1, max=200, help="Held-out queries for the offline scores.")] = 200,
+    json: Annotated[bool, typer.Option("--json", help="Print one line of JSON last, everything else to stderr.")] = False,
+    export: Annotated[Path | None, typer.Option(help="Only write the pair, contexts and queries to this folder.")] = None,
+) -> None:
+    """Show it all on this machine: real vLLM, hub, edge workers and API with two tiny models that come with the package."""
+    from costeer_vllm.demo import export as exporting
+
+    if export is not None:
+        print(exporting.export(export))
+        return
+    from costeer_vllm.demo.served import run_demo
+
+    run_demo(T, profiles, rows, json)
 
 
 def main() -> None:

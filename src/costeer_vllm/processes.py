@@ -83,14 +83,22 @@ def serving(
         command += ["--gpu-memory-utilization", "0.3"]
     with running(command, folder / "server.log", {**variables, **(environment or {})}) as started:
         server = Server(started.process, started.log, f"http://127.0.0.1:{port}/v1", f"127.0.0.1:{hub_port}")
-        wait_for(lambda: _answers(f"http://127.0.0.1:{port}/health"), started)
+        wait_until(lambda: _answers(f"http://127.0.0.1:{port}/health"), started)
         yield server
 
 
 @contextlib.contextmanager
-def edge_worker(hub: str, name: str, model: Path, context: Path, folder: Path, options: Sequence[str] = (),
-                environment: Mapping[str, str] | None = None) -> Iterator[Running]:  # fmt: skip
-    """``costeer edge`` under ``name``, attached to the hub at ``host:port``; logs to ``folder``.
+def edge_worker(
+    hub: str,
+    name: str,
+    model: Path,
+    context: Path,
+    folder: Path,
+    options: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    wait: bool = True,
+) -> Iterator[Running]:
+    """``costeer edge`` under ``name``, attached to the hub at ``host:port`` unless not to ``wait``; logs to ``folder``.
 
     Raises:
         StartFailed: with the end of the log.
@@ -98,7 +106,8 @@ def edge_worker(hub: str, name: str, model: Path, context: Path, folder: Path, o
     command = [sys.executable, "-m", "costeer_vllm.cli", "edge", "--hub", f"ws://{hub}", "--name", name]
     command += ["--model", str(model), "--context", str(context), *options]
     with running(command, folder / f"edge-{name}.log", {"HF_HUB_OFFLINE": "1", **(environment or {})}) as edge:
-        wait_for(lambda: "attached as" in edge.log_text, edge)
+        if wait:
+            wait_until(lambda: "attached as" in edge.log_text, edge)
         yield edge
 
 
@@ -126,7 +135,7 @@ def stop(process: "subprocess.Popen[bytes]") -> None:
         process.wait()
 
 
-def wait_for(condition: Any, watched: Running, timeout_s: float = START_TIMEOUT_S) -> None:
+def wait_until(condition: Any, watched: Running, timeout_s: float = START_TIMEOUT_S) -> None:
     """Poll ``condition()`` until it is true; fail at once if the process ends before."""
     deadline = time.monotonic() + timeout_s
     while not condition():
