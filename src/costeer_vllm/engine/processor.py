@@ -142,8 +142,7 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
 
     def _advance_slots(self) -> None:
         for stream, token in self._reader.finish():
-            if stream.undecided is not None:
-                self._streams().advance(stream, [token])
+            self._streams().advance(stream, [token])
 
     def _vacate(self, slot: int) -> None:
         assert self._slots is not None

@@ -7,6 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from costeer_vllm.delta import DenseDelta, SparseDelta, decode
 from costeer_vllm.engine.link import HubLink
@@ -18,25 +19,24 @@ from costeer_vllm.request import SteeringRequest
 logger = logging.getLogger("vllm.costeer")  # below vLLM's own logger: its handlers, its level
 
 
+@dataclass(slots=True, eq=False)
 class SteeredStream:
     """One generation and its edge worker, on the engine's side."""
 
-    __slots__ = ("asked_at", "closed_by", "delta", "id", "invalid", "last_token", "missed", "payload", "protocol", "request", "silent",
-                 "steered", "stop_ids", "undecided")  # fmt: skip
-
-    def __init__(self, request: SteeringRequest, stop_ids: frozenset[int]) -> None:
-        self.id = f"{request.request}.{uuid.uuid4().hex[:8]}"
-        self.request = request
-        self.stop_ids = stop_ids
-        self.protocol = Stream()
-        self.payload: bytes | None = None  # of the delta for the current position, as it came
-        self.delta: DenseDelta | SparseDelta | None = None
-        self.asked_at = 0.0  # seconds, monotonic
-        self.last_token: int | None = None
-        self.silent = False  # nothing has come since the last miss: not worth another wait
-        self.closed_by: EndReason | None = None  # the edge or the hub ended it; its tokens are missed from there on
-        self.steered = self.missed = self.invalid = 0
-        self.undecided: bool | None = None  # the newest token: was it steered? counted once it is known to have been kept
+    id: str
+    request: SteeringRequest
+    stop_ids: frozenset[int]
+    protocol: Stream = field(default_factory=Stream)
+    payload: bytes | None = None  # of the delta for the current position, as it came
+    delta: DenseDelta | SparseDelta | None = None
+    asked_at: float = 0.0  # seconds, monotonic
+    last_token: int | None = None
+    silent: bool = False  # nothing has come since the last miss: not worth another wait
+    closed_by: EndReason | None = None  # the edge or the hub ended it; its tokens are missed from there on
+    steered: int = 0
+    missed: int = 0
+    invalid: int = 0
+    undecided: bool | None = None  # the newest token: was it steered? counted once it is known to have been kept
 
     @property
     def position(self) -> int:
@@ -63,7 +63,7 @@ class StreamTable:
 
     def begin(self, request: SteeringRequest, tokens: Sequence[int], stop_ids: frozenset[int]) -> SteeredStream:
         """Open a stream whose generation stands at ``tokens`` (none at first; more when it resumes after preemption)."""
-        stream = SteeredStream(request, stop_ids)
+        stream = SteeredStream(f"{request.request}.{uuid.uuid4().hex[:8]}", request, stop_ids)
         self._streams[stream.id] = stream
         begin = Begin(stream.id, request.request, request.worker, request.query, request.strength, list(tokens), request.grant)
         stream.protocol.feed(begin)
@@ -72,6 +72,8 @@ class StreamTable:
 
     def advance(self, stream: SteeredStream, tokens: list[int]) -> None:
         """Tell the edge worker which tokens were chosen, and so ask for the next delta."""
+        if stream.id not in self._streams:
+            return
         self._settle(stream)
         stream.last_token = tokens[-1]
         message = stream.protocol.advance(stream.id, tokens)

@@ -20,8 +20,8 @@ MAX_FRAME_BYTES = 4 * 2**20  # a lossless float32 delta over 152,064 entries tak
 MAX_QUERY_BYTES = 2**20
 MAX_TOKENS = 2**17  # ids in one message: the longest replay
 
-Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._@:-]*$")]
-StreamId: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=192, pattern=r"^[\x21-\x7e]+$")]
+Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._@:-]*\Z")]
+StreamId: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=192, pattern=r"^[\x21-\x7e]+\Z")]
 Sentence: TypeAlias = Annotated[str, msgspec.Meta(max_length=1024)]
 Key: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
 Position: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
@@ -29,7 +29,7 @@ TokenId: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 TokenIds: TypeAlias = Annotated[list[TokenId], msgspec.Meta(max_length=MAX_TOKENS)]
 PrefixHash: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]  # 64 bits; see protocol/stream.py
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
-Digest: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]  # SHA-256, hex
+Digest: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]  # SHA-256, hex
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
