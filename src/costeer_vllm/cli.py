@@ -125,6 +125,22 @@ def demo(
     run_demo(T, profiles, rows, json)
 
 
+@app.command()
+def bench(
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")] = None,
+    streams: Annotated[str, typer.Option(help="Streams at a time: numbers with commas between them.")] = "1,8",
+    tokens: Annotated[int, typer.Option(help="Tokens per stream.")] = 64,
+    repetitions: Annotated[int, typer.Option(help="Of every phase, in turns.")] = 5,
+    vocab: Annotated[int, typer.Option(help="Tokens in the vocabulary.")] = 151_936,
+    serial_tokens: Annotated[int, typer.Option(help="Tokens per repetition of the serial loop.")] = 16,
+    delta: Annotated[Literal["lossless", "sparse"], typer.Option(help="How deltas are encoded.")] = "sparse",
+) -> None:
+    """Measure steering on this machine: against plain vLLM, and against the paper's serial loop."""
+    from costeer_vllm.bench.run import BenchSettings, parse_streams, run_bench
+
+    run_bench(BenchSettings(parse_streams(streams), tokens, repetitions, vocab, serial_tokens, delta), json)
+
+
 def main() -> None:
     """Entry point: errors of ours are one sentence and exit code 1, not a traceback."""
     try:

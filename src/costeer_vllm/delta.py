@@ -61,8 +61,10 @@ def encode_sparse(
     """Log-probabilities ``[vocab]`` of both rows -> payload with at most ``max_entries`` entries.
 
     Entries are taken by the larger of their two probabilities until each row leaves at most ``mass_left`` of its mass outside.
+    NaN counts as no probability; the delta of an id that neither row can produce is that of the tail.
     """
-    p_with, p_without = np.exp(with_context), np.exp(without_context)
+    assert max_entries > 0, max_entries
+    p_with, p_without = np.fmax(np.exp(with_context), 0), np.fmax(np.exp(without_context), 0)
     weight = np.maximum(p_with, p_without)
     count = min(max_entries, len(weight))
     top = np.argpartition(weight, -count)[-count:] if count < len(weight) else np.arange(len(weight))
@@ -70,11 +72,13 @@ def encode_sparse(
     left = np.maximum(1 - np.cumsum(p_with[top], dtype=np.float64), 1 - np.cumsum(p_without[top], dtype=np.float64))
     enough = np.flatnonzero(left <= mass_left)
     ids = np.sort(top[: enough[0] + 1] if len(enough) else top)
-    # The floor keeps the ratio tame where rounding leaves a row no mass outside: such a tail decides nothing.
-    rest_with = max(1 - float(p_with[ids].sum(dtype=np.float64)), 1e-6)
-    rest_without = max(1 - float(p_without[ids].sum(dtype=np.float64)), 1e-6)
+    # What is left is summed, not taken from 1, where rounding would drown it: a sure row leaves 1e-11, and to an id that only
+    # the large model thinks of, the tail is all the delta there is. The floor is for rows that leave nothing at all.
+    p_with[ids] = p_without[ids] = 0
+    rest_with, rest_without = (max(float(p.sum(dtype=np.float64)), 1e-30) for p in (p_with, p_without))
     tail = np.log(rest_with / rest_without)
-    values = _finite(with_context[ids] - without_context[ids] - np.float32(tail)).astype("<f2")
+    with np.errstate(invalid="ignore"):  # -inf - -inf
+        values = _finite(with_context[ids] - without_context[ids] - np.float32(tail)).astype("<f2")
     wide = len(with_context) > 2**16
     kind, width = (_SPARSE_32, "<u4") if wide else (_SPARSE_16, "<u2")
     return _HEADER.pack(kind, len(ids)) + ids.astype(width).tobytes() + values.tobytes()

@@ -20,10 +20,7 @@ class InvalidParameter(CoSteerError, ValueError):
     """A parameter outside its range: names the field, the value and what is allowed."""
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
-        shown = repr(value)
-        if len(shown) > 80:
-            shown = shown[:77] + "..."
-        super().__init__(f"costeer: {field} is {shown}; it must be {allowed}")
+        super().__init__(f"costeer: {field} is {_shown(value)}; it must be {allowed}")
         self.field = field
         self.value = value
         self.allowed = allowed
@@ -55,3 +52,11 @@ class HubUnavailable(CoSteerError):
 
 class Unsupported(CoSteerError, ValueError):
     """A model, a vLLM version or an option that cannot be steered."""
+
+
+def _shown(value: object) -> str:
+    try:
+        shown = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or lists in lists in lists
+        return f"of type {type(value).__name__} and too large to show"
+    return shown if len(shown) <= 80 else shown[:77] + "..."

@@ -8,14 +8,16 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 import msgspec
 
 from costeer_vllm.errors import InvalidParameter
-from costeer_vllm.protocol.messages import Digest, Name, Query, StreamId
+from costeer_vllm.protocol.messages import MAX_QUERY_BYTES, Digest, Name, Query, encode
 from costeer_vllm.steering import SteeringParams, check_finite, check_strength
 
 OnMissing: TypeAlias = Literal["continue"]
 
 DEFAULT_DEADLINE_MS = 5_000.0
-MAX_DEADLINE_MS = 600_000.0
+MAX_DEADLINE_MS = 60_000.0  # far below vLLM's VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS (300), after which the engine gives itself up
+MAX_REQUEST_ID = 160  # characters; a stream's id is the request's and a suffix
 _STEERING_FIELDS = ("T", "alpha", "beta", "lambda", "eta")
+NUMBERS = (*_STEERING_FIELDS, "strength", "deadline_ms")
 FIELDS = ("worker", "key", *_STEERING_FIELDS, "strength", "on_missing", "deadline_ms")
 
 
@@ -37,7 +39,7 @@ class Options:
 class SteeringRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What an admitted request carries to the engine in ``SamplingParams.extra_args["costeer"]``: no key, no context."""
 
-    request: StreamId
+    request: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_REQUEST_ID, pattern=r"^[\x21-\x7e]+\Z")]
     worker: Name
     query: Query
     strength: float
@@ -55,14 +57,16 @@ def parse_options(body: object) -> Options:
     if body is None:
         body = {}
     if not isinstance(body, Mapping):
-        raise InvalidParameter("costeer", body, f"an object with any of {', '.join(FIELDS)}")
-    for field in body:
+        raise InvalidParameter("costeer", _harmless(body), f"an object with any of {', '.join(FIELDS)}")
+    for field, value in body.items():
         if field not in FIELDS:
-            raise InvalidParameter(f"the field {field!r} of costeer", "unknown", _suggestion(str(field)))
+            raise InvalidParameter(f"the field {str(field)[:40]!r} of costeer", "unknown", _suggestion(str(field)))
+        if value is not None and not isinstance(value, (str, int, float)):
+            raise InvalidParameter(field, _harmless(value), "a number" if field in NUMBERS else "a string")
     given = {field: value for field, value in body.items() if value is not None}
     return Options(
-        worker=_text(given, "worker", 128),
-        key=_text(given, "key", 512),
+        worker=_worker(given.get("worker")),
+        key=_key(given.get("key")),
         strength=_strength(given),
         on_missing=_on_missing(given.get("on_missing", "continue")),
         deadline_ms=_deadline(given.get("deadline_ms", DEFAULT_DEADLINE_MS)),
@@ -77,9 +81,14 @@ def parse_admitted(value: object) -> SteeringRequest:
     """
     try:
         admitted = msgspec.convert(value, SteeringRequest)
-    except (msgspec.ValidationError, RecursionError) as error:
-        # msgspec's sentence names the path and the expected type, never the value.
+        query_bytes = len(encode(admitted.query))
+    except UnicodeEncodeError:
+        raise InvalidParameter("extra_args.costeer.query", "not Unicode", "text without lone surrogates") from None
+    except Exception as error:
+        # msgspec's sentence names the path and the expected type; of values it shows only an unknown word for on_missing.
         raise InvalidParameter("extra_args.costeer", type(value).__name__, f"an admitted steering request ({error})") from None
+    if query_bytes > MAX_QUERY_BYTES:
+        raise InvalidParameter("the query", f"{query_bytes} bytes long", f"at most {MAX_QUERY_BYTES} bytes long to be steered")
     check_strength("strength", admitted.strength)
     check_finite("deadline_ms", admitted.deadline_ms)
     forms = (admitted.query.messages, admitted.query.prompt, admitted.query.prompt_ids)
@@ -104,12 +113,23 @@ def _strength(given: Mapping[str, Any]) -> float:
     return SteeringParams(**{names.get(field, field): given[field] for field in by_paper}).strength
 
 
-def _text(given: Mapping[str, Any], field: str, longest: int) -> str | None:
-    value = given.get(field)
-    if value is None or (isinstance(value, str) and 0 < len(value) <= longest and value.isprintable()):
+def _worker(value: object) -> str | None:
+    try:
+        return msgspec.convert(value, Name | None)
+    except msgspec.ValidationError:
+        allowed = "a string of 1 to 128 letters, digits and ._@:- that begins with a letter or digit"
+        raise InvalidParameter("worker", value, allowed) from None
+
+
+def _key(value: object) -> str | None:
+    if value is None or (isinstance(value, str) and 0 < len(value) <= 512 and value.isprintable()):
         return value
-    shown = "***" if field == "key" else value
-    raise InvalidParameter(field, shown, f"a printable string of 1 to {longest} characters")
+    raise InvalidParameter("key", "***", "a printable string of 1 to 512 characters")
+
+
+def _harmless(value: object) -> object:
+    """What may be shown of a value of the wrong type: text and containers may hold a key that was put in the wrong place."""
+    return value if isinstance(value, (bool, int, float)) else f"of type {type(value).__name__}"
 
 
 def _on_missing(value: object) -> OnMissing:

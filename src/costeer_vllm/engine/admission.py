@@ -8,7 +8,7 @@ import hashlib
 import hmac
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from costeer_vllm.engine import settings
@@ -16,7 +16,7 @@ from costeer_vllm.engine.link import admit
 from costeer_vllm.errors import AdmissionRefused, InvalidParameter
 from costeer_vllm.protocol import keys
 from costeer_vllm.protocol.messages import PROTOCOL_VERSION, Admit, Admitted, Query, Turn, Vocabulary
-from costeer_vllm.request import Options, SteeringRequest, to_extra_args
+from costeer_vllm.request import Options, SteeringRequest, parse_admitted, to_extra_args
 
 _tickets = itertools.count(1)
 
@@ -27,13 +27,17 @@ class Permission:
 
     options: Options
     worker: str
-    key_digest: str | None
+    key_digest: str | None = field(repr=False)  # whoever has it can make grants
 
     def steer(self, request_id: str, query: Query) -> dict[str, Any]:
-        """What goes into ``extra_args["costeer"]`` for one prompt of the request."""
+        """What goes into ``extra_args["costeer"]`` for one prompt of the request.
+
+        Raises:
+            InvalidParameter: if the engine would not take it, such as a query that is too long: better here than in mid-stream.
+        """
         grant = None if self.key_digest is None else keys.grant(self.key_digest, self.worker, query)
         options = self.options
-        return to_extra_args(
+        extra_args = to_extra_args(
             SteeringRequest(
                 request=request_id,
                 worker=self.worker,
@@ -44,6 +48,8 @@ class Permission:
                 grant=grant,
             )
         )
+        parse_admitted(extra_args)
+        return extra_args
 
     def cache_salt(self) -> str:
         """Keeps prefix-cache hits, and their timing, among requests steered by the same worker under the same key."""
@@ -63,7 +69,7 @@ async def ask_permission(options: Options, user: str | None, vocabulary: Vocabul
 
 def _ask_permission(options: Options, user: str | None, vocabulary: Vocabulary) -> Permission:
     digest = None if options.key is None else keys.key_digest(options.key)
-    question = Admit(PROTOCOL_VERSION, next(_tickets), vocabulary, options.worker, user or None, digest)
+    question = Admit(PROTOCOL_VERSION, next(_tickets), vocabulary, options.worker, (user or "")[:512] or None, digest)
     answer = admit(settings.hub_endpoint(), settings.attach_key(), question)
     if not isinstance(answer, Admitted):
         raise AdmissionRefused(f"costeer: {answer.sentence}")

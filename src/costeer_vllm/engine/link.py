@@ -3,12 +3,12 @@
 ZeroMQ's own I/O thread moves the bytes, so ``send`` returns at once and nothing here ever competes for the interpreter lock.
 """
 
+import contextlib
 import math
 import time
 import uuid
 from collections.abc import Iterator
 
-import msgspec
 import zmq
 
 from costeer_vllm.errors import HubUnavailable
@@ -29,10 +29,15 @@ from costeer_vllm.protocol.messages import (
 )
 
 _MAX_QUEUED_FRAMES = 10_000  # per direction; beyond it frames are dropped and their tokens counted as missed
+_MAX_FRAMES_AT_ONCE = 4_096  # read before the clock is looked at again: a flood must not hold up the model
 
 
 def connect(endpoint: str, attach_key: str | None) -> zmq.Socket[bytes]:
-    """A DEALER connected to the hub's engine endpoint (``tcp://`` or ``ipc://``); ZeroMQ keeps reconnecting by itself."""
+    """A DEALER connected to the hub's engine endpoint (``tcp://`` or ``ipc://``); ZeroMQ keeps reconnecting by itself.
+
+    Raises:
+        HubUnavailable: if ``endpoint`` is not an address.
+    """
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     socket.setsockopt(zmq.ROUTING_ID, b"E" + uuid.uuid4().bytes)
     socket.setsockopt(zmq.LINGER, 200)
@@ -47,12 +52,18 @@ def connect(endpoint: str, attach_key: str | None) -> zmq.Socket[bytes]:
         socket.setsockopt(zmq.CURVE_SERVERKEY, hub_public)
         socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
         socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
-    socket.connect(endpoint)
+    if "[" in endpoint:
+        socket.setsockopt(zmq.IPV6, 1)
+    try:
+        socket.connect(endpoint)
+    except zmq.ZMQError as error:
+        socket.close(0)
+        raise HubUnavailable(f"costeer: the hub's engine endpoint {endpoint} is no address: {error}") from None
     return socket
 
 
 class HubLink:
-    """An engine worker's link. Not thread-safe: used by the thread that runs the model only."""
+    """An engine worker's link: ``send`` and ``receive`` never raise. Not thread-safe: used by the thread that runs the model."""
 
     def __init__(self, endpoint: str, attach_key: str | None) -> None:
         self._socket = connect(endpoint, attach_key)
@@ -64,26 +75,30 @@ class HubLink:
         """Introduce this engine to the hub, at start and whenever a hub that restarted does not know it."""
         self.send(Join(PROTOCOL_VERSION))
 
-    def send(self, message: Join | Begin | Advance | End) -> None:
-        """Queue a message; dropped and counted if the hub has not taken the last 10,000."""
+    def send(self, message: Join | Begin | Advance | End) -> bool:
+        """Queue a message. False, and counted, if it is dropped: the hub has not taken the last 10,000, or would not take it."""
         try:
-            self._socket.send(encode(message), zmq.NOBLOCK)
-        except zmq.Again:
-            self.num_dropped += 1
+            frame = encode(message)
+            if len(frame) <= MAX_FRAME_BYTES:  # else the hub would break the connection that all streams share
+                self._socket.send(frame, zmq.NOBLOCK)
+                return True
+        except (zmq.ZMQError, ValueError, OverflowError):  # the queue is full; or a text or number that msgpack cannot hold
+            pass
+        self.num_dropped += 1
+        return False
 
     def receive(self, timeout_s: float) -> Iterator[HubToEngine]:
-        """Every message that is there, after waiting up to ``timeout_s`` for the first; malformed ones are counted only."""
-        if not self._socket.poll(math.ceil(max(0.0, timeout_s) * 1000)):
-            return
-        while True:
-            try:
+        """The messages that are there, after waiting up to ``timeout_s`` for the first; malformed ones are counted only."""
+        with contextlib.suppress(zmq.ZMQError):  # EAGAIN: no more is there
+            self._socket.poll(math.ceil(max(0.0, timeout_s) * 1000))
+            for _ in range(_MAX_FRAMES_AT_ONCE):
                 frame = self._socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            try:
-                yield decode_hub_to_engine(frame)
-            except msgspec.MsgspecError:
-                self.num_malformed += 1
+                try:
+                    message = decode_hub_to_engine(frame)
+                except Exception:  # decoders also raise UnicodeDecodeError and RecursionError
+                    self.num_malformed += 1
+                    continue
+                yield message
 
     def close(self) -> None:
         """Close at once; queued frames have 200 ms to leave."""
@@ -94,7 +109,7 @@ def admit(endpoint: str, attach_key: str | None, request: Admit, timeout_s: floa
     """Ask the hub whether and by whom a request is steered. Blocks; safe in any thread, since it uses a socket of its own.
 
     Raises:
-        HubUnavailable: if no answer comes within ``timeout_s`` seconds.
+        HubUnavailable: if no answer comes within ``timeout_s`` seconds, or ``endpoint`` is not an address.
     """
     socket = connect(endpoint, attach_key)
     try:
@@ -103,10 +118,12 @@ def admit(endpoint: str, attach_key: str | None, request: Admit, timeout_s: floa
         while (left := deadline - time.monotonic()) > 0 and socket.poll(math.ceil(left * 1000)):
             try:
                 answer = decode_hub_to_engine(socket.recv())
-            except msgspec.MsgspecError:
+            except Exception:  # decoders also raise UnicodeDecodeError and RecursionError
                 continue
             if isinstance(answer, (Admitted, Refused)) and answer.ticket == request.ticket:
                 return answer
-        raise HubUnavailable(f"costeer: the hub at {endpoint} did not answer within {timeout_s:g} s; is it running?")
+        raise HubUnavailable(
+            f"costeer: the hub at {endpoint} did not answer within {timeout_s:g} s; is it running, with the same attach key?"
+        )
     finally:
         socket.close(0)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+import zmq
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV1
@@ -26,6 +27,7 @@ from costeer_vllm.engine.link import HubLink
 from costeer_vllm.engine.ranks import Ranks
 from costeer_vllm.engine.slots import Slots, TokenReader
 from costeer_vllm.engine.streams import SteeredStream, StreamTable
+from costeer_vllm.errors import HubUnavailable
 from costeer_vllm.request import SteeringRequest, parse_admitted
 
 logger = logging.getLogger("vllm.costeer")  # below vLLM's own logger: its handlers, its level
@@ -43,7 +45,7 @@ def _total(fallback: Callable[..., T]) -> Callable[[Callable[P, T]], Callable[P,
             try:
                 return hook(*args, **kwargs)
             except Exception:
-                logger.exception("%s failed; the tokens of this step are unsteered", hook.__name__)
+                logger.exception("%s failed; the tokens concerned are unsteered", hook.__name__)
                 return fallback(*args, **kwargs)
 
         return total
@@ -81,7 +83,7 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
         """False: steering changes the greedy choice."""
         return False
 
-    @_total(lambda self, batch_update: None)
+    @_total(lambda self, batch_update: self._given_up(None))
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follow the batch, then send out the tokens that the last step chose."""
         if batch_update is not None:
@@ -95,8 +97,7 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
         for row, params, _, output_ids in update.added:
             self._end_row(row)
             if (request := _steering_request_or_none(params)) is not None:
-                stream = self._streams().begin(request, output_ids, _stop_ids(params))
-                self._rows[row] = stream, output_ids
+                self._rows[row] = self._begin(request, output_ids, _stop_ids(params)), output_ids
         for source, target, direction in update.moved:
             moved, displaced = self._rows.pop(source, None), self._rows.pop(target, None)
             if moved is not None:
@@ -104,18 +105,22 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
             if displaced is not None and direction == MoveDirectionality.SWAP:
                 self._rows[source] = displaced
             elif displaced is not None:
-                self._end(displaced[0], len(displaced[1]) > displaced[0].position)
+                self._end(*displaced)
 
     def _end_row(self, row: int) -> None:
         if (entry := self._rows.pop(row, None)) is not None:
-            stream, output_ids = entry
-            self._end(stream, kept=len(output_ids) > stream.position)
+            self._end(*entry)
+
+    def _end(self, stream: SteeredStream, output_ids: list[int]) -> None:
+        self._streams().end(stream, "finished", max(0, len(output_ids) - stream.position))
 
     def _advance_rows(self) -> None:
-        for stream, output_ids in self._rows.values():
+        for row, (stream, output_ids) in list(self._rows.items()):
+            if len(output_ids) < stream.position:  # the runner took tokens back: their KV cache could not be loaded
+                self._streams().end(stream, "preempted", 0)
+                self._rows[row] = self._begin(stream.request, output_ids, stream.stop_ids), output_ids
             # Under async scheduling the newest id is a placeholder (-1) until the runner has copied it to the host.
-            tokens = output_ids[stream.position :]
-            if tokens and -1 not in tokens:
+            elif (tokens := output_ids[stream.position :]) and -1 not in tokens:
                 self._streams().advance(stream, tokens)
 
     # Model Runner V2
@@ -129,10 +134,10 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
             return False
         assert self._slots is not None
         output_ids = self._slots.arrived_output(req_idx)
-        self._slots.streams[req_idx] = self._streams().begin(request, output_ids, _stop_ids(sampling_params))
+        self._slots.streams[req_idx] = self._begin(request, output_ids, _stop_ids(sampling_params))
         return True
 
-    @_total(lambda self: None)
+    @_total(lambda self: self._given_up(None))
     def apply_staged_writes(self) -> None:
         """Start to read the tokens that the last step chose; where the device is the host, send them out at once."""
         if self._slots is not None and self._slots.sampled:
@@ -144,15 +149,16 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
         for stream, token in self._reader.finish():
             self._streams().advance(stream, [token])
 
+    @_total(lambda self, slot: self._given_up(None))
     def _vacate(self, slot: int) -> None:
         assert self._slots is not None
         if (stream := self._slots.streams.pop(slot, None)) is not None:
             self._slots.sampled.pop(slot, None)
-            self._end(stream, kept=True)
+            self._streams().end(stream, "finished", int(stream.undecided is not None))
 
     # Both runners
 
-    @_total(lambda self, logits, ctx=None: logits)
+    @_total(lambda self, logits, ctx=None: self._given_up(logits))
     def apply(self, logits: torch.Tensor, ctx: LogitsContext | None = None) -> torch.Tensor:
         """Steer ``logits [rows, vocab]`` in place: wait for the deltas of this step, then one batched addition."""
         rows = self._rows_v1() if ctx is None else self._rows_v2(ctx)
@@ -165,7 +171,8 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
 
     def _rows_v1(self) -> dict[int, SteeredStream]:
         self._advance_rows()
-        return {row: stream for row, (stream, _) in sorted(self._rows.items())}
+        # A row whose newest ids are not known yet has no delta: that of a shorter prefix is none of its own.
+        return {row: stream for row, (stream, output_ids) in sorted(self._rows.items()) if len(output_ids) == stream.position}
 
     def _rows_v2(self, ctx: LogitsContext) -> dict[int, SteeredStream]:
         assert self._slots is not None
@@ -176,12 +183,26 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
 
     def _streams(self) -> StreamTable:
         if self._table is None:
-            link = HubLink(settings.hub_endpoint(), settings.attach_key()) if self._ranks.is_first else None
-            self._table = StreamTable(link, self._vocab_size)
+            self._table = StreamTable(_hub_link() if self._ranks.is_first else None, self._vocab_size)
         return self._table
 
-    def _end(self, stream: SteeredStream, kept: bool) -> None:
-        self._streams().end(stream, "finished", kept)
+    def _begin(self, request: SteeringRequest, output_ids: list[int], stop_ids: frozenset[int]) -> SteeredStream:
+        known = output_ids[: output_ids.index(-1)] if -1 in output_ids else output_ids
+        return self._streams().begin(request, known, stop_ids)
+
+    def _given_up(self, result: T) -> T:
+        if self._table is not None:
+            self._table.give_up()
+        return result
+
+
+def _hub_link() -> HubLink | None:
+    """The link, or None if there is no address of a hub: a failure of rank 0 alone would set the ranks at odds."""
+    try:
+        return HubLink(settings.hub_endpoint(), settings.attach_key())
+    except (HubUnavailable, zmq.ZMQError) as error:
+        logger.error("no token of a steered request will be steered: %s", error)
+        return None
 
 
 def _steering_request(params: SamplingParams) -> SteeringRequest | None:
@@ -195,7 +216,7 @@ def _steering_request_or_none(params: SamplingParams) -> SteeringRequest | None:
     """For the engine, where validation is behind us and an exception would be fatal."""
     try:
         return _steering_request(params)
-    except ValueError as error:
+    except Exception as error:
         logger.error("a request that passed admission cannot be steered: %s", error)
         return None
 

@@ -74,7 +74,7 @@ class StreamTable:
         """Tell the edge worker which tokens were chosen, and so ask for the next delta."""
         if stream.id not in self._streams:
             return
-        self._settle(stream)
+        self._settle(stream, len(tokens))
         stream.last_token = tokens[-1]
         message = stream.protocol.advance(stream.id, tokens)
         stream.protocol.feed(message)
@@ -84,12 +84,11 @@ class StreamTable:
 
     def collect(self, streams: Iterable[SteeredStream]) -> None:
         """Wait until every one of ``streams`` has its delta or has waited long enough, all at the same time."""
-        if self._link is None:
-            return
-        self._receive(0.0)
         streams = list(streams)
-        while (wait_s := max((stream.wait_s(time.monotonic()) for stream in streams), default=0.0)) > 0:
-            self._receive(wait_s)
+        if self._link is not None:
+            self._receive(0.0)
+            while (wait_s := max((stream.wait_s(time.monotonic()) for stream in streams), default=0.0)) > 0:
+                self._receive(wait_s)
         for stream in streams:
             stream.undecided = stream.delta is not None
             stream.silent |= stream.delta is None
@@ -98,13 +97,13 @@ class StreamTable:
         """Take over what rank 0 decided for the current position."""
         stream.payload, stream.delta = payload, None if payload is None else decode(payload, self._vocab_size)
 
-    def end(self, stream: SteeredStream, reason: EndReason, kept: bool = True) -> None:
-        """Close a stream and report its counts; ``kept`` False if the newest choice is known to have been thrown away."""
+    def end(self, stream: SteeredStream, reason: EndReason, num_chosen: int) -> None:
+        """Close a stream and report its counts; ``num_chosen`` tokens were chosen, and kept, since the last advance."""
         if self._streams.pop(stream.id, None) is None:
             return
         # Async scheduling runs one step past a stop token; what that step chose is thrown away as well.
-        if kept and stream.last_token not in stream.stop_ids:
-            self._settle(stream)
+        if stream.last_token not in stream.stop_ids:
+            self._settle(stream, num_chosen)
         if self._link is None:
             return
         self._link.send(End(stream.id, reason, "", stream.steered, stream.missed))
@@ -116,16 +115,24 @@ class StreamTable:
         else:
             logger.info("stream %s by %s: %d tokens steered", stream.id, stream.request.worker, stream.steered)
 
+    def give_up(self) -> None:
+        """Something failed, so it is not certain any more which delta belongs where: no token is steered from here on."""
+        for stream in self._streams.values():
+            stream.payload = stream.delta = None
+            stream.closed_by = "failed"
+            stream.undecided = None if stream.undecided is None else False
+
     def _ask(self, stream: SteeredStream, message: Begin | object) -> None:
         stream.asked_at = time.monotonic()
-        if self._link is not None:
-            self._link.send(message)  # type: ignore[arg-type]
+        if self._link is not None and not self._link.send(message):  # type: ignore[arg-type]
+            stream.silent = True
 
-    def _settle(self, stream: SteeredStream) -> None:
-        if stream.undecided is not None:
-            stream.steered += stream.undecided
-            stream.missed += not stream.undecided
-            stream.undecided = None
+    def _settle(self, stream: SteeredStream, num_chosen: int) -> None:
+        """Count the newest tokens: the first of them is the one decided on, others were chosen without asking here."""
+        steered = int(num_chosen > 0 and stream.undecided is True)
+        stream.steered += steered
+        stream.missed += num_chosen - steered
+        stream.undecided = None
 
     def _receive(self, timeout_s: float) -> None:
         assert self._link is not None
@@ -144,12 +151,14 @@ class StreamTable:
             self._link.join()
             for stream in self._streams.values():
                 stream.closed_by = "unknown_stream"
-        elif isinstance(message, (Joined, Admitted, Refused)):
+        elif isinstance(message, Refused):
+            logger.warning("the hub refuses this server: %s", message.sentence)
+        elif isinstance(message, (Joined, Admitted)):
             logger.debug("hub: %s", type(message).__name__)
 
     def _take(self, message: Delta) -> None:
         stream = self._streams.get(message.stream)
-        if stream is None:
+        if stream is None or stream.closed_by is not None:
             return
         stream.silent = False
         if not stream.protocol.wants(message):
@@ -160,7 +169,8 @@ class StreamTable:
             # No other delta will come for this position: do not wait for one.
             stream.invalid += 1
             stream.silent = True
-            logger.warning("stream %s: %s", stream.id, error)
+            if stream.invalid == 1:  # a bad worker must not fill the log
+                logger.warning("stream %s: %s", stream.id, error)
             return
         stream.payload = message.payload
         stream.protocol.feed(message)

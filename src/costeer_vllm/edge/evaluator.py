@@ -1,0 +1,149 @@
+"""The model thread's half of the edge worker: orders in, payloads out, one window of the small model per turn.
+
+Whatever goes wrong here ends the streams it happened to, with a fixed sentence; the text of an exception is never passed on, for
+it may hold a part of the private context.
+"""
+
+import contextlib
+import logging
+from typing import Any
+
+import numpy as np
+
+from costeer_vllm.delta import encode_lossless, encode_sparse
+from costeer_vllm.edge.context import ContextUnreadable, PrivateContext, RenderingFailed, prompts, where
+from costeer_vllm.edge.settings import Encoding
+from costeer_vllm.edge.small_model import STEP_TOKENS, Pair, SmallModel, TooLong
+from costeer_vllm.edge.streams import Answer, Failure, Order, Result
+from costeer_vllm.protocol.messages import EndReason
+
+log = logging.getLogger("costeer.edge")
+
+
+class Evaluator:
+    """All open streams in the small model. One thread uses it."""
+
+    def __init__(
+        self, model: SmallModel, tokenizer: Any, template: str | None, context: PrivateContext, encoding: Encoding
+    ) -> None:
+        self._model, self._tokenizer, self._template = model, tokenizer, template
+        self._context, self._encoding = context, encoding
+        self._pairs: dict[int, Pair] = {}
+        self._asked: dict[int, Order] = {}  # to be answered, the longest waiting first
+        self._prefill_next = False
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether another turn has something to do."""
+        return bool(self._asked)
+
+    def turn(self, orders: list[Order], closed: list[int]) -> list[Result]:
+        """Take orders, then evaluate one window: the next ids of all streams that need only those, or a part of one prompt.
+
+        The two kinds of windows alternate, so that no stream waits for more than one part of another's prompt. Raises nothing.
+        """
+        try:
+            return self._turn(orders, closed)
+        except Exception as error:  # none that a stream in particular caused
+            log.error("the model thread fails: %s", where(error))
+        serials = {*self._pairs, *(order.serial for order in orders)}
+        return [self._give_up(serial, "failed", "the edge worker failed and starts afresh") for serial in sorted(serials)]
+
+    def _turn(self, orders: list[Order], closed: list[int]) -> list[Result]:
+        for serial in closed:
+            self._close(serial)
+        results: list[Result] = [failure for order in orders if (failure := self._take(order))]
+        short = [serial for serial in self._asked if _is_short(self._pairs[serial])]
+        long = next((serial for serial in self._asked if not _is_short(self._pairs[serial])), None)
+        if long is not None and (self._prefill_next or not short):
+            self._prefill_next = False
+            return results + self._guarded(self._prefill, [long])
+        self._prefill_next = True
+        return results + (self._guarded(self._step, short) if short else [])
+
+    def _take(self, order: Order) -> Failure | None:
+        if order.query is not None:
+            failure = self._open(order)
+            if failure:
+                return failure
+        pair = self._pairs.get(order.serial)
+        if pair is None:  # given up in the meantime; its Failure is on the way
+            return None
+        pair.rewrite(order.keep, order.tokens)
+        limit = self._model.max_positions
+        if pair.length > limit:
+            return self._give_up(order.serial, "refused", f"the stream is longer than the small model's {limit} positions")
+        self._asked[order.serial] = order
+        return None
+
+    def _open(self, order: Order) -> Failure | None:
+        assert order.query is not None
+        try:
+            with_ids, without_ids = prompts(order.query, self._context.text(), self._tokenizer, self._template)
+            self._pairs[order.serial] = self._model.open(with_ids, without_ids)
+        except TooLong as error:
+            return Failure(order.serial, "refused", str(error))
+        except ContextUnreadable as error:
+            log.error("%s", error)
+            return Failure(order.serial, "failed", "the edge worker cannot read its private context any more")
+        except RenderingFailed as error:
+            log.error("stream %d: %s", order.serial, error)
+            return Failure(order.serial, "failed", "the edge worker cannot turn the query into a prompt of its small model")
+        except Exception as error:  # out of memory, mostly
+            log.error("stream %d cannot be opened: %s", order.serial, where(error))
+            return Failure(order.serial, "failed", "the edge worker cannot open another stream")
+        return None
+
+    def _guarded(self, evaluate: Any, serials: list[int]) -> list[Result]:
+        """``evaluate(serials)``; if it raises, the streams are given up."""
+        try:
+            results: list[Result] = evaluate(serials)
+            return results
+        except Exception as error:
+            log.error("the small model fails: %s", where(error))
+        return [self._give_up(serial, "failed", "the small model of the edge worker fails") for serial in serials]
+
+    def _prefill(self, serials: list[int]) -> list[Result]:
+        (serial,) = serials
+        pair = self._pairs[serial]
+        self._model.reuse(pair)
+        if pair.is_ready:
+            num_ids = sum(len(row.ids) for row in pair.rows)
+            log.debug("stream %d: %d of the %d ids of its prompts were known", serial, pair.num_reused, num_ids)
+            return self._step(serials)
+        self._model.prefill(pair)
+        return []
+
+    def _step(self, serials: list[int]) -> list[Result]:
+        serials = sorted(serials, key=lambda serial: self._pairs[serial].with_context.index)
+        log_with, log_without = self._model.step([self._pairs[serial] for serial in serials])
+        if self._encoding == "lossless":
+            deltas = (log_with - log_without).cpu().numpy()
+            return [self._answer(serial, delta, delta) for serial, delta in zip(serials, deltas, strict=True)]
+        rows = zip(serials, log_with.cpu().numpy(), log_without.cpu().numpy(), strict=True)
+        return [self._answer(serial, with_context, without_context) for serial, with_context, without_context in rows]
+
+    def _answer(self, serial: int, with_context: Any, without_context: Any) -> Result:
+        if np.isnan(with_context.sum()) or np.isnan(without_context.sum()):
+            return self._give_up(serial, "failed", "the small model of the edge worker gives no numbers")
+        order = self._asked.pop(serial)
+        payload = encode_lossless(with_context) if self._encoding == "lossless" else encode_sparse(with_context, without_context)
+        return Answer(serial, order.position, order.prefix_hash, payload)
+
+    def _give_up(self, serial: int, reason: EndReason, sentence: str) -> Failure:
+        self._asked.pop(serial, None)
+        pair = self._pairs.pop(serial, None)
+        if pair is not None:
+            with contextlib.suppress(Exception):  # an accelerator in such a state that not even zeros can be written
+                self._model.discard(pair)
+        return Failure(serial, reason, sentence)
+
+    def _close(self, serial: int) -> None:
+        self._asked.pop(serial, None)
+        pair = self._pairs.pop(serial, None)
+        if pair is not None:
+            self._model.close(pair)
+
+
+def _is_short(pair: Pair) -> bool:
+    return pair.pending <= STEP_TOKENS

@@ -1,0 +1,208 @@
+"""What the hub has asked for: the streams of one attachment, their generated ids, and the orders that follow from them.
+
+No socket, no clock (``now`` is passed in, in seconds), no model. Messages go in with ``feed``; orders for the evaluator come out
+of ``take_orders``. Frames that come faster than the small model can answer melt into one order per stream: the newest prefix is
+the one that counts, and nothing grows but the generated ids of the open streams.
+"""
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from costeer_vllm.protocol import keys
+from costeer_vllm.protocol.messages import Advance, Begin, End, EndReason, Query
+from costeer_vllm.protocol.stream import extend_hash
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Bring a stream to a prefix and answer its delta: keep the first ``keep`` generated ids, append ``tokens``."""
+
+    serial: int
+    keep: int
+    tokens: tuple[int, ...]
+    position: int
+    prefix_hash: int
+    query: Query | None = None  # of a new stream
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The delta of one prefix of a stream."""
+
+    serial: int
+    position: int
+    prefix_hash: int
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A stream that was given up; the sentence is fit to be sent."""
+
+    serial: int
+    reason: EndReason
+    sentence: str
+
+
+Result: TypeAlias = Answer | Failure
+
+
+@dataclass(slots=True)
+class _Stream:
+    name: str
+    serial: int  # never used twice, unlike the name
+    query: Query | None  # None once it is ordered
+    seen: float  # last frame
+    tokens: list[int] = field(default_factory=list)  # generated
+    hashes: list[int] = field(default_factory=lambda: [0])  # hashes[i]: of the first i tokens
+    kept: int = 0  # tokens that the evaluator has and that are still right
+
+
+class Streams:
+    """The open streams of one attachment, at most ``limit``."""
+
+    def __init__(self, worker: str, num_tokens: int, max_positions: int, limit: int, steering_key: str | None) -> None:
+        """``num_tokens``: ids are below it. ``steering_key``: a Begin must then carry the grant that fits it."""
+        self._worker, self._num_tokens, self._max_positions, self._limit = worker, num_tokens, max_positions, limit
+        self._digest = keys.key_digest(steering_key) if steering_key is not None else None
+        self._by_name: dict[str, _Stream] = {}
+        self._by_serial: dict[int, _Stream] = {}
+        self._asked: dict[int, _Stream] = {}  # by serial, in the order of asking
+        self._closed: list[int] = []
+        self._last_serial = 0
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    @property
+    def num_asked(self) -> int:
+        """Streams that wait for a delta that is not ordered yet."""
+        return len(self._asked)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is something to tell the evaluator."""
+        return bool(self._asked or self._closed)
+
+    def feed(self, message: Begin | Advance | End, now: float) -> End | None:
+        """Take a message from the hub; returns the End to answer with if the stream cannot go on."""
+        match message:
+            case Begin():
+                return self._begin(message, now)
+            case Advance():
+                return self._advance(message, now)
+            case End():
+                self._close(message.stream)
+        return None
+
+    def take_orders(self) -> tuple[list[Order], list[int]]:
+        """The orders since the last call, one per stream, and the serials of the streams closed since then."""
+        orders = []
+        for stream in self._asked.values():
+            tokens, query = tuple(stream.tokens[stream.kept :]), stream.query
+            orders.append(Order(stream.serial, stream.kept, tokens, len(stream.tokens), stream.hashes[-1], query))
+            stream.kept, stream.query = len(stream.tokens), None
+        closed = self._closed
+        self._asked, self._closed = {}, []
+        return orders, closed
+
+    def awaits(self, serial: int, position: int, prefix_hash: int) -> str | None:
+        """The name of the stream if the delta of this prefix is still the newest it asked for."""
+        stream = self._by_serial.get(serial)
+        if stream is None or serial in self._asked:
+            return None
+        return stream.name if (len(stream.tokens), stream.hashes[-1]) == (position, prefix_hash) else None
+
+    def fail(self, serial: int, reason: EndReason, sentence: str) -> End | None:
+        """Close a stream that the evaluator gave up and forgot; returns the End to send, None if it was over anyway."""
+        stream = self._by_serial.get(serial)
+        return self._end(stream.name, reason, sentence) if stream else None
+
+    def expire(self, before: float) -> list[End]:
+        """Close the streams without a frame since ``before``."""
+        idle = [stream.name for stream in self._by_name.values() if stream.seen < before]
+        return [self._end(name, "failed", "nothing was heard of this stream for too long") for name in idle]
+
+    def clear(self) -> None:
+        """The attachment is gone, and so are its streams."""
+        for name in list(self._by_name):
+            self._close(name)
+
+    def _begin(self, begin: Begin, now: float) -> End | None:
+        self._close(begin.stream)  # begun again after a preemption
+        if begin.worker != self._worker:
+            return End(begin.stream, "failed", f"this edge worker is named {self._worker}")
+        if self._digest is not None and not keys.same(begin.grant, keys.grant(self._digest, self._worker, begin.query)):
+            return End(begin.stream, "refused", "the steering key of the request does not fit this edge worker")
+        if _num_forms(begin.query) != 1:
+            return End(begin.stream, "failed", "the query must be exactly one of messages, a prompt and prompt ids")
+        if not self._are_known(begin.tokens) or not self._are_known(begin.query.prompt_ids or []):
+            return End(begin.stream, "failed", self._unknown)
+        if len(self._by_name) >= self._limit:
+            return End(begin.stream, "overloaded", f"this edge worker serves at most {self._limit} streams at a time")
+        self._last_serial += 1
+        stream = _Stream(begin.stream, self._last_serial, begin.query, now)
+        _append(stream, begin.tokens)
+        self._by_name[stream.name] = self._by_serial[stream.serial] = self._asked[stream.serial] = stream
+        return None
+
+    def _advance(self, advance: Advance, now: float) -> End | None:
+        stream = self._by_name.get(advance.stream)
+        if stream is None:
+            return End(advance.stream, "unknown_stream", "this edge worker does not know the stream")
+        start = advance.position - len(advance.tokens)
+        if not 0 <= start <= len(stream.tokens):
+            sentence = f"a gap: tokens from position {start} on came when {len(stream.tokens)} were known"
+            return self._end(stream.name, "failed", sentence)
+        if not self._are_known(advance.tokens):
+            return self._end(stream.name, "failed", self._unknown)
+        same = 0
+        for old, new in zip(stream.tokens[start:], advance.tokens, strict=False):
+            if old != new:
+                break
+            same += 1
+        _truncate(stream, start + same)
+        _append(stream, advance.tokens[same:])
+        if stream.hashes[-1] != advance.prefix_hash:
+            return self._end(stream.name, "failed", f"the tokens before position {advance.position} are not those that were sent")
+        if len(stream.tokens) > self._max_positions:
+            sentence = f"the stream is longer than the small model's {self._max_positions} positions"
+            return self._end(stream.name, "refused", sentence)
+        stream.seen = now
+        self._asked[stream.serial] = stream
+        return None
+
+    def _are_known(self, tokens: list[int]) -> bool:
+        return not tokens or max(tokens) < self._num_tokens
+
+    @property
+    def _unknown(self) -> str:
+        return f"a token id is outside the small model's {self._num_tokens}"
+
+    def _end(self, name: str, reason: EndReason, sentence: str) -> End:
+        self._close(name)
+        return End(name, reason, sentence)
+
+    def _close(self, name: str) -> None:
+        stream = self._by_name.pop(name, None)
+        if stream is None:
+            return
+        del self._by_serial[stream.serial]
+        self._asked.pop(stream.serial, None)
+        if stream.query is None:  # the evaluator knows it
+            self._closed.append(stream.serial)
+
+
+def _append(stream: _Stream, tokens: list[int]) -> None:
+    stream.tokens += tokens
+    for token in tokens:
+        stream.hashes.append(extend_hash(stream.hashes[-1], (token,)))
+
+
+def _truncate(stream: _Stream, length: int) -> None:
+    del stream.tokens[length:], stream.hashes[length + 1 :]
+    stream.kept = min(stream.kept, length)
+
+
+def _num_forms(query: Query) -> int:
+    return sum(form is not None for form in (query.messages, query.prompt, query.prompt_ids))

@@ -1,0 +1,78 @@
+"""Run ``LLM(...)`` in this process against a hub, in configurations that ``vllm serve`` does not choose on a CPU.
+
+    python -m tests.e2e.offline FOLDER WORKER OPTIONS        (COSTEER_HUB set; OPTIONS and the answer are JSON)
+
+Prints one line of JSON: the token ids of every query, and how often a request was preempted.
+"""
+
+import json
+import sys
+from typing import Any
+
+from vllm import LLM, SamplingParams
+from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from costeer_vllm.demo.algorithm1 import SteeringParams
+from costeer_vllm.protocol.messages import Query, Turn
+from costeer_vllm.request import SteeringRequest, to_extra_args
+
+
+def force_async_scheduling() -> None:
+    """The CPU platform switches async scheduling off; here it is switched on again, for the order of calls it brings."""
+    original = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        original(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def count_preemptions() -> list[str]:
+    preempted: list[str] = []
+    original = Scheduler._preempt_request
+
+    def preempt(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        preempted.append(request.request_id)
+        return original(self, request, *args, **kwargs)
+
+    Scheduler._preempt_request = preempt
+    return preempted
+
+
+def steered(worker: str, query: str, number: int, T: int, num_tokens: int, ignore_eos: bool) -> SamplingParams:
+    request = SteeringRequest(
+        request=f"offline-{number}",
+        worker=worker,
+        query=Query(messages=[Turn("user", query)]),
+        strength=SteeringParams(T=T).strength,
+        deadline_ms=60_000.0,
+    )
+    extra_args = {"costeer": to_extra_args(request)}
+    return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=ignore_eos, extra_args=extra_args)
+
+
+def main(folder: str, worker: str, options: dict[str, Any]) -> None:
+    if options.pop("async_scheduling", False):
+        force_async_scheduling()
+    queries = options.pop("queries")
+    T, num_tokens, ignore_eos = options.pop("T"), options.pop("num_tokens"), options.pop("ignore_eos", True)
+    preempted = count_preemptions()
+    llm = LLM(
+        f"{folder}/large",
+        logits_processors=["costeer"],
+        enforce_eager=True,
+        dtype="float32",
+        max_model_len=256,
+        gpu_memory_utilization=0.3,
+        **options,
+    )
+    params = [steered(worker, query, i, T, num_tokens, ignore_eos) for i, query in enumerate(queries)]
+    answers = llm.chat([[{"role": "user", "content": query}] for query in queries], params, use_tqdm=False)
+    tokens = [list(answer.outputs[0].token_ids) for answer in answers]
+    print(json.dumps({"tokens": tokens, "preemptions": len(preempted)}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
