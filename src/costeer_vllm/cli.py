@@ -86,7 +86,8 @@ def edge(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads for the small model.")] = None,
 ) -> None:
     """Attach this device: run the small model on the private context and answer the hub."""
-    from costeer_vllm.edge.worker import EdgeSettings, run
+    from costeer_vllm.edge.settings import EdgeSettings
+    from costeer_vllm.edge.worker import run
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = EdgeSettings(

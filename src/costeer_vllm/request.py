@@ -146,6 +146,7 @@ def _deadline(value: object) -> float:
 
 
 def _suggestion(field: str) -> str:
-    close = difflib.get_close_matches(field, FIELDS, 1, 0.5)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    lower = {known.lower(): known for known in FIELDS}
+    close = difflib.get_close_matches(field.lower(), lower, 1, 0.5)
+    hint = f"; did you mean {lower[close[0]]!r}?" if close else ""
     return f"one of {', '.join(FIELDS)}{hint}"
