@@ -1,0 +1,472 @@
+"""The engine's streams against a hub over real sockets: which delta a token gets, and how each token is counted."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from costeer_vllm.delta import DenseDelta, SparseDelta, encode_lossless, encode_sparse
+from costeer_vllm.engine.link import _MAX_QUEUED_FRAMES, HubLink
+from costeer_vllm.engine.streams import SteeredStream, StreamTable
+from costeer_vllm.protocol.messages import Advance, Begin, Delta, End, Join, Joined, Query, Refused, Turn
+from costeer_vllm.protocol.stream import extend_hash
+from costeer_vllm.request import SteeringRequest
+
+from .fake_hub import TIMEOUT_S, FakeHub
+from .test_link import unused_endpoint
+
+VOCAB = 8
+LONG_MS = 60_000.0  # a wait of this length fails the test
+STOP = 7
+GRANT = "d" * 64
+QUERY = Query(messages=[Turn("user", "Hello?")])
+VALUES = np.arange(VOCAB, dtype=np.float32)
+
+pytestmark = pytest.mark.timeout(TIMEOUT_S * 2)
+
+
+def request(deadline_ms: float = LONG_MS) -> SteeringRequest:
+    return SteeringRequest("chatcmpl-1", "laptop", QUERY, 1.5, deadline_ms, "continue", GRANT)
+
+
+def delta_for(stream: SteeredStream, values: np.ndarray = VALUES) -> Delta:
+    return Delta(stream.id, stream.protocol.position, stream.protocol.prefix_hash, encode_lossless(values))
+
+
+@dataclass
+class Engine:
+    """One engine worker's streams and the hub that they talk to."""
+
+    hub: FakeHub
+    table: StreamTable
+
+    def begin(self, tokens: list[int] | None = None, deadline_ms: float = LONG_MS) -> SteeredStream:
+        stream = self.table.begin(request(deadline_ms), tokens or [], frozenset({STOP}))
+        assert self.hub.next(Begin).stream == stream.id
+        return stream
+
+    def advance(self, stream: SteeredStream, *tokens: int) -> Advance:
+        self.table.advance(stream, list(tokens))
+        return self.hub.next(Advance)
+
+    def answer(self, *streams: SteeredStream) -> None:
+        self.hub.send(*(delta_for(stream) for stream in streams))
+        self.table.collect(streams)
+
+    def hear(self, *messages: Delta | End | Refused | Joined | bytes) -> None:
+        """Let the table hear these before anything else: they come in order, so a last one that is awaited ends the wait."""
+        marker = self.begin()
+        self.hub.send(*messages, delta_for(marker))
+        self.table.collect([marker])
+        assert marker.delta is not None
+        self.end(marker, 0)
+
+    def end(self, stream: SteeredStream, num_chosen: int = 1) -> tuple[int, int]:
+        """(steered, missed) as the hub is told."""
+        self.table.end(stream, "finished", num_chosen)
+        end = self.hub.next(End)
+        assert end == End(stream.id, "finished", "", stream.steered, stream.missed)
+        return end.tokens_steered, end.tokens_missed
+
+
+@pytest.fixture
+def engine(hub: FakeHub) -> Iterator[Engine]:
+    link = HubLink(hub.endpoint, None)
+    hub.next(Join)
+    yield Engine(hub, StreamTable(link, VOCAB))
+    link.close()
+
+
+# The life of a stream
+
+
+def test_a_begin_carries_what_the_edge_worker_needs(engine: Engine) -> None:
+    stream = engine.table.begin(request(), [5, 6], frozenset())
+    begin = engine.hub.next(Begin)
+    assert begin == Begin(stream.id, "chatcmpl-1", "laptop", QUERY, 1.5, [5, 6], GRANT)
+    assert stream.id.startswith("chatcmpl-1.")
+    assert stream.position == 2
+    assert len(engine.table) == 1
+
+
+def test_the_children_of_one_request_are_streams_of_their_own(engine: Engine) -> None:
+    streams = [engine.begin() for _ in range(20)]
+    assert len({stream.id for stream in streams}) == 20
+    assert len(engine.table) == 20
+
+
+def test_tokens_are_steered_one_by_one_and_counted(engine: Engine) -> None:
+    stream = engine.begin()
+    prefix: list[int] = []
+    for token in (3, 1, 4):
+        engine.answer(stream)
+        assert isinstance(stream.delta, DenseDelta)
+        assert stream.delta.values.tolist() == VALUES.tolist()
+        assert stream.undecided is True
+        prefix.append(token)
+        advance = engine.advance(stream, token)
+        assert advance == Advance(stream.id, len(prefix), extend_hash(0, prefix), [token])
+        assert stream.delta is stream.payload is None  # of the former prefix
+    assert engine.end(stream, 0) == (3, 0)
+    assert len(engine.table) == 0
+
+
+def test_the_token_of_the_last_step_counts_when_it_was_kept(engine: Engine) -> None:
+    for num_chosen, expected in ((1, (1, 0)), (0, (0, 0)), (2, (1, 1))):
+        stream = engine.begin()
+        engine.answer(stream)
+        assert engine.end(stream, num_chosen) == expected
+
+
+def test_a_stream_that_resumes_asks_for_where_it_stands(engine: Engine) -> None:
+    stream = engine.begin([5, 6, 5])
+    engine.hear(Delta(stream.id, 0, 0, encode_lossless(VALUES)))
+    assert stream.delta is None
+    engine.answer(stream)
+    assert stream.delta is not None
+    assert engine.end(stream) == (1, 0)
+
+
+def test_the_step_past_a_stop_token_does_not_count(engine: Engine) -> None:
+    """Async scheduling chooses one more token before it sees the stop token, and throws it away."""
+    stream = engine.begin()
+    engine.answer(stream)
+    engine.advance(stream, STOP)
+    engine.answer(stream)
+    assert engine.end(stream, 1) == (1, 0)
+    # Without async scheduling the stop token itself is the last choice, and counts.
+    stream = engine.begin()
+    engine.answer(stream)
+    engine.advance(stream, 2)
+    engine.answer(stream)
+    assert engine.end(stream, 1) == (2, 0)
+
+
+def test_tokens_chosen_without_asking_are_missed(engine: Engine) -> None:
+    stream = engine.begin()
+    engine.answer(stream)
+    engine.advance(stream, 1, 2, 3)  # one was decided on here, two were not
+    assert (stream.steered, stream.missed) == (1, 2)
+    engine.advance(stream, 4)  # none was
+    assert (stream.steered, stream.missed) == (1, 3)
+    assert engine.end(stream, 1) == (1, 4)
+
+
+def test_a_stream_ends_once_and_does_not_go_on_afterwards(engine: Engine) -> None:
+    stream = engine.begin()
+    engine.answer(stream)
+    engine.end(stream)
+    engine.table.end(stream, "finished", 1)
+    engine.table.advance(stream, [1])
+    assert (stream.steered, stream.missed) == (1, 0)
+    marker = engine.begin()  # the next message that the hub gets
+    engine.hear(delta_for(stream))
+    assert len(engine.table) == 1
+    engine.end(marker, 0)
+
+
+def test_streams_wait_for_their_deltas_together(engine: Engine) -> None:
+    streams = [engine.begin() for _ in range(5)]
+    engine.hub.send(*(delta_for(stream, VALUES + i) for i, stream in reversed(list(enumerate(streams)))))
+    engine.table.collect(streams)
+    for i, stream in enumerate(streams):
+        assert isinstance(stream.delta, DenseDelta)
+        assert stream.delta.values.tolist() == (VALUES + i).tolist()
+
+
+# Deltas that do not fit
+
+
+@pytest.mark.parametrize(
+    ("position", "tokens"),
+    [
+        (0, []),
+        (1, [3]),
+        (2, [3, 5]),
+        (2, [4, 3]),
+        (3, [3, 4]),
+        (3, [3, 4, 0]),
+        (2, []),
+    ],
+)
+def test_a_delta_of_any_other_prefix_is_dropped(engine: Engine, position: int, tokens: list[int]) -> None:
+    stream = engine.begin([3])
+    engine.advance(stream, 4)
+    wrong = Delta(stream.id, position, extend_hash(0, tokens), encode_lossless(VALUES))
+    engine.hear(wrong)
+    assert stream.delta is None
+    engine.hub.send(wrong, delta_for(stream, VALUES + 1), wrong)
+    engine.table.collect([stream])
+    assert isinstance(stream.delta, DenseDelta)
+    assert stream.delta.values.tolist() == (VALUES + 1).tolist()
+
+
+def test_the_first_delta_of_a_prefix_is_the_one(engine: Engine) -> None:
+    stream = engine.begin()
+    engine.hear(delta_for(stream), delta_for(stream, VALUES + 1))
+    assert isinstance(stream.delta, DenseDelta)
+    assert stream.delta.values.tolist() == VALUES.tolist()
+
+
+def test_a_delta_of_an_unknown_stream_is_dropped(engine: Engine) -> None:
+    stream = engine.begin()
+    engine.hear(msgspec.structs.replace(delta_for(stream), stream="chatcmpl-1.other"))
+    assert stream.delta is None
+
+
+def nan_delta() -> bytes:
+    payload = bytearray(encode_lossless(VALUES))
+    payload[9:13] = np.array([math.nan], "<f4").tobytes()
+    return bytes(payload)
+
+
+GARBAGE = [b"", b"\x09" + bytes(30), encode_lossless(VALUES)[:-1], nan_delta()]
+
+
+@pytest.mark.parametrize("payload", GARBAGE)
+def test_an_unusable_delta_is_counted_and_not_waited_for_again(
+    engine: Engine, log: pytest.LogCaptureFixture, payload: bytes
+) -> None:
+    stream = engine.begin()
+    for token in (1, 2, 3):
+        engine.hear(msgspec.structs.replace(delta_for(stream), payload=payload))
+        engine.table.collect([stream])  # returns at once: no other delta will come
+        assert stream.delta is None
+        engine.advance(stream, token)
+    assert stream.invalid == 3
+    assert engine.end(stream, 0) == (0, 3)
+    warnings = [record.getMessage() for record in log.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 2, warnings  # one for all bad deltas, one at the end
+    assert "0 tokens steered, 3 missed, 3 unusable deltas" in warnings[1]
+
+
+def test_a_good_delta_after_a_bad_one_is_taken(engine: Engine) -> None:
+    stream = engine.begin()
+    engine.hub.send(msgspec.structs.replace(delta_for(stream), payload=b"bad"), delta_for(stream))
+    engine.hear()
+    engine.table.collect([stream])
+    assert stream.delta is not None
+    assert stream.undecided is True
+
+
+def test_ids_beyond_the_large_models_vocabulary_are_unusable(engine: Engine) -> None:
+    stream = engine.begin()
+    row = np.full(VOCAB + 1, -20, np.float32)
+    row[VOCAB] = 0
+    engine.hear(msgspec.structs.replace(delta_for(stream), payload=encode_sparse(row, row)))
+    assert stream.delta is None
+    assert stream.invalid == 1
+
+
+# Waiting
+
+
+def test_without_an_answer_the_token_is_missed_when_the_deadline_has_passed(engine: Engine) -> None:
+    stream = engine.begin(deadline_ms=5)
+    engine.table.collect([stream])
+    assert stream.delta is None
+    assert stream.undecided is False
+    assert stream.wait_s(stream.asked_at) == 0  # silent
+    assert engine.end(stream) == (0, 1)
+
+
+def test_a_deadline_of_zero_takes_what_is_there(engine: Engine) -> None:
+    stream = engine.begin(deadline_ms=0)
+    engine.hear(delta_for(stream))
+    engine.table.collect([stream])
+    assert engine.end(stream) == (1, 0)
+
+
+def test_the_wait_counts_from_the_question_and_ends_with_the_answer(engine: Engine) -> None:
+    stream = engine.begin(deadline_ms=500)
+    assert stream.wait_s(stream.asked_at) == pytest.approx(0.5)
+    assert stream.wait_s(stream.asked_at + 0.4) == pytest.approx(0.1)
+    assert stream.wait_s(stream.asked_at + 0.6) == 0
+    engine.hear(delta_for(stream))
+    assert stream.wait_s(stream.asked_at) == 0
+    engine.advance(stream, 1)
+    assert stream.wait_s(stream.asked_at) == pytest.approx(0.5)
+
+
+def test_after_a_miss_no_further_wait_until_something_arrives(engine: Engine) -> None:
+    stream = engine.begin(deadline_ms=5)
+    late = delta_for(stream)
+    engine.table.collect([stream])
+    engine.advance(stream, 1)
+    assert stream.wait_s(stream.asked_at) == 0
+    engine.table.collect([stream])
+    engine.advance(stream, 2)
+    assert stream.wait_s(stream.asked_at) == 0
+    engine.hear(late)  # of no use, but a sign of life
+    assert stream.delta is None
+    assert stream.wait_s(stream.asked_at) == pytest.approx(0.005)
+    engine.hear(delta_for(stream))
+    engine.table.collect([stream])
+    assert engine.end(stream) == (1, 2)
+
+
+def test_one_silent_stream_does_not_shorten_the_wait_of_another(engine: Engine) -> None:
+    silent = engine.begin(deadline_ms=1)
+    engine.table.collect([silent])
+    other = engine.begin()
+    engine.hub.send(delta_for(other))
+    engine.table.collect([silent, other])
+    assert (silent.undecided, other.undecided) == (False, True)
+
+
+# The hub
+
+
+def test_the_end_of_a_stream_from_the_edge_is_final(engine: Engine, log: pytest.LogCaptureFixture) -> None:
+    stream = engine.begin()
+    engine.answer(stream)
+    engine.advance(stream, 1)
+    engine.hear(End(stream.id, "detached", "gone"), delta_for(stream))
+    assert stream.delta is None  # what comes after the end is not used
+    engine.table.collect([stream])
+    engine.table.advance(stream, [2])  # nobody is asked any more
+    engine.table.collect([stream])
+    assert engine.end(stream) == (1, 2)
+    assert "1 tokens steered, 2 missed (edge: detached)" in log.text
+
+
+def test_a_delta_that_came_before_the_end_is_used(engine: Engine) -> None:
+    stream = engine.begin()
+    engine.hear(delta_for(stream), End(stream.id, "detached"))
+    engine.table.collect([stream])
+    assert engine.end(stream) == (1, 0)
+
+
+def test_a_hub_that_restarted_is_joined_again_and_its_streams_are_given_up(engine: Engine) -> None:
+    lost = [engine.begin(), engine.begin()]
+    marker = engine.begin(deadline_ms=0)
+    engine.hub.send(Refused("join", "who are you?"))
+    while marker.closed_by is None:
+        engine.table.collect([marker])
+    assert engine.hub.next(Join)
+    engine.table.collect(lost)  # no wait: they are not known any more
+    assert {stream.closed_by for stream in lost} == {"unknown_stream"}
+    engine.table.advance(lost[0], [1])
+    fresh = engine.begin()  # and the next message after Join is its Begin: nothing is asked for the lost
+    engine.answer(fresh)
+    assert engine.end(fresh) == (1, 0)
+    assert engine.end(lost[0], 0) == (0, 1)
+    assert engine.end(lost[1], 1) == (0, 1)
+
+
+def test_other_refusals_are_told(engine: Engine, log: pytest.LogCaptureFixture) -> None:
+    engine.hear(Refused("version", "the hub speaks version 2: install a newer costeer-vllm"), Joined("x"))
+    assert "install a newer costeer-vllm" in log.text
+
+
+def test_frames_that_are_no_messages_change_nothing(engine: Engine) -> None:
+    stream = engine.begin()
+    engine.hear(b"\xc1", b"\x82\xa4type\xa5Delta\xa1x" + b"\x91" * 100_000)
+    engine.answer(stream)
+    assert engine.end(stream) == (1, 0)
+
+
+def test_with_no_hub_and_a_full_queue_nothing_waits(log: pytest.LogCaptureFixture) -> None:
+    link = HubLink(unused_endpoint(), None)
+    table = StreamTable(link, VOCAB)
+    stream = table.begin(request(deadline_ms=1), [], frozenset())
+    table.collect([stream])
+    while not link.num_dropped:
+        table.advance(stream, [1])
+    fresh = table.begin(request(LONG_MS), [], frozenset())
+    table.collect([fresh])  # its Begin was dropped: no delta will come
+    assert fresh.undecided is False
+    table.end(stream, "finished", 1)
+    assert (stream.steered, stream.missed) == (0, stream.position + 1)
+    assert stream.position <= _MAX_QUEUED_FRAMES + 1
+    link.close()
+
+
+# Other ranks, and failures
+
+
+def test_a_mute_table_decides_as_it_is_told() -> None:
+    table = StreamTable(None, VOCAB)
+    stream = table.begin(request(), [1], frozenset())
+    table.collect([stream])
+    table.adopt(stream, encode_lossless(VALUES))
+    assert isinstance(stream.delta, DenseDelta)
+    table.advance(stream, [2])
+    assert stream.delta is stream.payload is None
+    assert stream.position == 2
+    table.adopt(stream, None)
+    assert stream.delta is None
+    row = np.log(np.full(VOCAB, 1 / VOCAB, np.float32))
+    table.adopt(stream, encode_sparse(row, row))
+    assert isinstance(stream.delta, SparseDelta)
+    table.end(stream, "finished", 1)
+    assert len(table) == 0
+
+
+def test_giving_up_uses_no_delta_from_there_on(engine: Engine) -> None:
+    decided, waiting = engine.begin(), engine.begin()
+    engine.answer(decided)
+    engine.table.give_up()
+    assert decided.delta is None
+    assert decided.undecided is False
+    engine.hear(delta_for(decided), delta_for(waiting))
+    engine.table.collect([decided, waiting])
+    assert decided.delta is waiting.delta is None
+    engine.table.advance(decided, [1])
+    assert engine.end(decided) == (0, 2)
+    assert engine.end(waiting) == (0, 1)
+
+
+def test_no_log_line_shows_the_query_or_the_grant(engine: Engine, log: pytest.LogCaptureFixture) -> None:
+    stream = engine.begin()
+    engine.hear(msgspec.structs.replace(delta_for(stream), payload=b"bad"), Refused("full", "the hub is full"))
+    engine.table.collect([stream])
+    engine.hear(End(stream.id, "refused", "Hello? is private"))
+    engine.end(stream)
+    assert log.records
+    assert "Hello" not in log.text
+    assert GRANT not in log.text
+
+
+# At random
+
+Step = Callable[[], None]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(["right", "stale", "guess", "bad", "twice", "nothing"]), st.integers(0, 6)), max_size=12)
+)
+def test_every_token_is_steered_by_its_own_delta_or_missed(steps: list[tuple[str, int]]) -> None:
+    hub = FakeHub()
+    link = HubLink(hub.endpoint, None)
+    hub.next(Join)
+    engine = Engine(hub, StreamTable(link, VOCAB))
+    stream, prefix, steered = engine.begin(deadline_ms=0), [], 0
+    former = delta_for(stream)
+    for what, token in steps:
+        own = delta_for(stream, VALUES + len(prefix))
+        guess = Delta(stream.id, stream.position + 1, extend_hash(stream.protocol.prefix_hash, [token]), own.payload)
+        bad = msgspec.structs.replace(own, payload=b"bad")
+        stale = [former] if prefix else [guess]
+        sent = {"right": [own], "stale": stale, "guess": [guess], "bad": [bad], "twice": [own, own, former], "nothing": []}[what]
+        engine.hear(*sent)
+        engine.table.collect([stream])
+        if what in ("right", "twice"):
+            steered += 1
+            assert isinstance(stream.delta, DenseDelta)
+            assert stream.delta.values.tolist() == (VALUES + len(prefix)).tolist()
+        else:
+            assert stream.delta is None
+        former = own
+        prefix.append(token)
+        engine.advance(stream, token)
+    assert engine.end(stream, 0) == (steered, len(steps) - steered)
+    link.close()
+    hub.close()
