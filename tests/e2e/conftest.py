@@ -12,6 +12,8 @@ import pytest
 from costeer_vllm.demo.export import export
 from costeer_vllm.processes import Running, Server, edge_worker, serving, wait_until
 
+from . import reference
+
 RUNNERS = {
     "v1": {"VLLM_USE_V2_MODEL_RUNNER": "0"},
     # Model Runner V2 on a CPU: under Triton's interpreter, see mrv2_on_cpu/sitecustomize.py
@@ -72,6 +74,12 @@ class Deployment:
 def pair_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo pair, its contexts and queries, as ``costeer demo --export`` writes them."""
     return export(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="session")
+def expected(pair_folder: Path) -> list[list[int]]:
+    """The tokens that Algorithm 1 generates for each of ``reference.queries()`` under the context of ``open``."""
+    return reference.generate(pair_folder)
 
 
 @pytest.fixture(scope="session")

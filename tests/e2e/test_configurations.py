@@ -14,7 +14,7 @@ import pytest
 from costeer_vllm.processes import edge_worker, free_port, running, wait_until
 
 from .conftest import EDGE_OPTIONS, RUNNERS
-from .test_exactness import NUM_TOKENS, PARAMS, queries
+from .reference import NUM_TOKENS, PARAMS, queries
 
 NUM_QUERIES = 8
 
@@ -31,8 +31,10 @@ def hub(pair_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             yield f"127.0.0.1:{port}"
 
 
-def run_offline(folder: Path, hub: str, runner: str, multiprocessing: bool, **options: Any) -> dict[str, Any]:
-    environment = {
+def run_offline(
+    folder: Path, hub: str, runner: str, multiprocessing: bool, environment: dict[str, str], **options: Any
+) -> dict[str, Any]:
+    variables = {
         **os.environ,
         **RUNNERS[runner],
         "COSTEER_HUB": hub,
@@ -41,10 +43,11 @@ def run_offline(folder: Path, hub: str, runner: str, multiprocessing: bool, **op
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(multiprocessing)),
         "TORCHDYNAMO_DISABLE": "1",
+        **environment,
     }
     arguments = {"queries": queries()[:NUM_QUERIES], "T": PARAMS.T, "num_tokens": NUM_TOKENS, **options}
     command = [sys.executable, "-m", "tests.e2e.offline", str(folder), "open", json.dumps(arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     answer: dict[str, Any] = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
     return answer
@@ -61,8 +64,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "async": {"async_scheduling": True},
     "chunked prefill": {"max_num_batched_tokens": 24, "max_num_seqs": 8},
     "async, chunked prefill": {"async_scheduling": True, "max_num_batched_tokens": 24, "max_num_seqs": 8},
-    "preemption": {"num_gpu_blocks_override": 30, "block_size": 16},
-    "async, preemption": {"async_scheduling": True, "num_gpu_blocks_override": 30, "block_size": 16},
+    "preemption": {"num_gpu_blocks_override": 16, "block_size": 32},
+    "async, preemption": {"async_scheduling": True, "num_gpu_blocks_override": 16, "block_size": 32},
 }
 
 
@@ -70,7 +73,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", list(CONFIGURATIONS))
 def test_tokens_equal_algorithm_1(pair_folder: Path, hub: str, expected: list[list[int]], runner: str, name: str) -> None:
     before = [counts_or_zero(hub, i) for i in range(NUM_QUERIES)]
-    answer = run_offline(pair_folder, hub, runner, multiprocessing=False, **CONFIGURATIONS[name])
+    answer = run_offline(pair_folder, hub, runner, multiprocessing=False, environment={}, **CONFIGURATIONS[name])
     assert answer["tokens"] == expected[:NUM_QUERIES]
     assert (answer["preemptions"] > 0) == ("preemption" in name)
     for i in range(NUM_QUERIES):
@@ -87,5 +90,6 @@ def counts_or_zero(hub: str, number: int) -> tuple[int, int]:
 def test_two_tensor_parallel_ranks_add_the_same_delta(
     pair_folder: Path, hub: str, expected: list[list[int]], runner: str
 ) -> None:
-    answer = run_offline(pair_folder, hub, runner, multiprocessing=True, tensor_parallel_size=2)
+    one_core_each = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    answer = run_offline(pair_folder, hub, runner, multiprocessing=True, environment=one_core_each, tensor_parallel_size=2)
     assert answer["tokens"] == expected[:NUM_QUERIES]

@@ -96,11 +96,11 @@ class FakeHub:
             if self._router in ready:
                 engine, frame = self._router.recv_multipart()
                 message = decode_engine_to_hub(frame)
-                for reply in self.answer(message):
-                    self._router.send_multipart([engine, encode(reply)])
                 with self._news:
                     self.received.append(message)
                     self._news.notify_all()
+                for reply in self.answer(message):
+                    self._router.send_multipart([engine, encode(reply)])
             elif orders in ready:
                 frame = orders.recv()
                 if not frame:

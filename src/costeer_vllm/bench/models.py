@@ -39,7 +39,7 @@ class PairShape:
     small: Shape
 
 
-ON_CPU = PairShape(Shape(896, 4864, 12, 14, 2), Shape(64, 256, 2, 4, 2))  # large: half the layers of Qwen2.5-0.5B
+ON_CPU = PairShape(Shape(896, 4864, 24, 14, 2), Shape(64, 256, 2, 4, 2))  # large: Qwen2.5-0.5B
 ON_GPU = PairShape(Shape(3584, 18944, 28, 28, 4), Shape(896, 4864, 24, 14, 2))  # Qwen2.5-7B and Qwen2.5-0.5B
 
 

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from costeer_vllm.engine import settings
+from costeer_vllm.engine.link import check_hub
 from costeer_vllm.errors import HubUnavailable, InvalidParameter
 
 _START_TIMEOUT_S = 30.0
@@ -26,6 +27,7 @@ def ensure_hub() -> str:
     """
     address = os.environ.get(settings.HUB)
     endpoint = resolve(address) if address else _start()
+    check_hub(endpoint, settings.attach_key(), _START_TIMEOUT_S)
     os.environ[settings.HUB] = endpoint
     settings.cache_secret()
     return endpoint
@@ -42,10 +44,12 @@ def resolve(address: str, timeout_s: float = _START_TIMEOUT_S) -> str:
             settings.HUB, address, "host:port, http://host:port, ws://host:port, tcp://host:port or ipc://path"
         )
     health = _await_health(f"{scheme}://{url.netloc}/healthz", timeout_s)
-    engines = urlsplit(str(health["engine_endpoint"]))
-    if engines.scheme == "tcp" and engines.hostname in ("0.0.0.0", "::", "*"):
-        return f"tcp://{url.hostname}:{engines.port}"
-    return engines.geturl()
+    endpoint = str(health["engine_endpoint"])
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    if endpoint.startswith("tcp://") and host in ("0.0.0.0", "[::]", "*"):
+        shown = f"[{url.hostname}]" if ":" in url.hostname else url.hostname
+        return f"tcp://{shown}:{port}"
+    return endpoint
 
 
 def _start() -> str:

@@ -23,6 +23,7 @@ from costeer_vllm.protocol.messages import (
     End,
     HubToEngine,
     Join,
+    Joined,
     Refused,
     decode_hub_to_engine,
     encode,
@@ -111,19 +112,42 @@ def admit(endpoint: str, attach_key: str | None, request: Admit, timeout_s: floa
     Raises:
         HubUnavailable: if no answer comes within ``timeout_s`` seconds, or ``endpoint`` is not an address.
     """
+    for answer in _answers(endpoint, attach_key, request, timeout_s):
+        if isinstance(answer, (Admitted, Refused)) and answer.ticket == request.ticket:
+            return answer
+    raise _unavailable(endpoint, timeout_s)
+
+
+def check_hub(endpoint: str, attach_key: str | None, timeout_s: float) -> None:
+    """Make sure, before a server starts, that the hub is there, takes our key and speaks our protocol.
+
+    Raises:
+        HubUnavailable: if it does not, with what to do.
+    """
+    for answer in _answers(endpoint, attach_key, Join(PROTOCOL_VERSION), timeout_s):
+        if isinstance(answer, Joined):
+            return
+        if isinstance(answer, Refused):
+            raise HubUnavailable(f"costeer: {answer.sentence}")
+    raise _unavailable(endpoint, timeout_s)
+
+
+def _answers(endpoint: str, attach_key: str | None, question: Admit | Join, timeout_s: float) -> Iterator[HubToEngine]:
+    """What the hub says to one question on a connection of its own, until ``timeout_s`` have passed."""
     socket = connect(endpoint, attach_key)
     try:
-        socket.send(encode(request))
+        socket.send(encode(question))
         deadline = time.monotonic() + timeout_s
         while (left := deadline - time.monotonic()) > 0 and socket.poll(math.ceil(left * 1000)):
             try:
                 answer = decode_hub_to_engine(socket.recv())
             except Exception:  # decoders also raise UnicodeDecodeError and RecursionError
                 continue
-            if isinstance(answer, (Admitted, Refused)) and answer.ticket == request.ticket:
-                return answer
-        raise HubUnavailable(
-            f"costeer: the hub at {endpoint} did not answer within {timeout_s:g} s; is it running, with the same attach key?"
-        )
+            yield answer
     finally:
         socket.close(0)
+
+
+def _unavailable(endpoint: str, timeout_s: float) -> HubUnavailable:
+    sentence = f"costeer: the hub at {endpoint} did not answer within {timeout_s:g} s; is it running, with the same attach key?"
+    return HubUnavailable(sentence)

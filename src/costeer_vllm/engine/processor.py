@@ -8,6 +8,7 @@ broadcasts what it got, so that all ranks add the same delta in the same step.
 An exception in one of these hooks would end vLLM's engine, so every one of them is total: see ``_total``.
 """
 
+import atexit
 import functools
 import logging
 from collections.abc import Callable
@@ -184,6 +185,7 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
     def _streams(self) -> StreamTable:
         if self._table is None:
             self._table = StreamTable(_hub_link() if self._ranks.is_first else None, self._vocab_size)
+            atexit.register(self._table.leave)
         return self._table
 
     def _begin(self, request: SteeringRequest, output_ids: list[int], stop_ids: frozenset[int]) -> SteeredStream:

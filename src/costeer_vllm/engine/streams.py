@@ -115,6 +115,13 @@ class StreamTable:
         else:
             logger.info("stream %s by %s: %d tokens steered", stream.id, stream.request.worker, stream.steered)
 
+    def leave(self) -> None:
+        """At the end of the process: report the streams that no further step of the engine will end."""
+        for stream in list(self._streams.values()):
+            self.end(stream, "finished", int(stream.undecided is not None))
+        if self._link is not None:
+            self._link.close()
+
     def give_up(self) -> None:
         """Something failed, so it is not certain any more which delta belongs where: no token is steered from here on."""
         for stream in self._streams.values():
