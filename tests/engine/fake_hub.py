@@ -1,5 +1,6 @@
 """A hub for the engine's tests: a real ROUTER socket in a thread that plays the hub and the edge workers behind it."""
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -100,7 +101,8 @@ class FakeHub:
                     self.received.append(message)
                     self._news.notify_all()
                 for reply in self.answer(message):
-                    self._router.send_multipart([engine, encode(reply)])
+                    with contextlib.suppress(zmq.ZMQError):  # the engine may have closed its link after what it sent
+                        self._router.send_multipart([engine, encode(reply)])
             elif orders in ready:
                 frame = orders.recv()
                 if not frame:

@@ -1,5 +1,6 @@
 """The processor under runner V1, fed by vLLM's own InputBatch; the edge workers answer exactly, so every row can be checked."""
 
+import atexit
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -59,8 +60,7 @@ def processor(
     monkeypatch.delenv("COSTEER_ATTACH_KEY", raising=False)
     processor = CoSteerLogitsProcessor(config(), torch.device("cpu"), False)
     yield processor
-    if processor._table is not None and processor._table._link is not None:
-        processor._table._link.close()
+    leave(processor)
 
 
 def accounts(hub: FakeHub) -> tuple[Counter[str], Counter[str]]:
@@ -72,6 +72,13 @@ def accounts(hub: FakeHub) -> tuple[Counter[str], Counter[str]]:
         steered[name] += end.tokens_steered
         missed[name] += end.tokens_missed
     return steered, missed
+
+
+def leave(processor: CoSteerLogitsProcessor) -> None:
+    """What happens at the end of the engine's process."""
+    if processor._table is not None:
+        atexit.unregister(processor._table.leave)
+        processor._table.leave()
 
 
 def hear_out(hub: FakeHub, processor: CoSteerLogitsProcessor) -> None:
@@ -295,6 +302,18 @@ def test_moves_and_swaps(processor: CoSteerLogitsProcessor, hub: FakeHub) -> Non
     processor.update_state(update(removed=[0]))
     hear_out(hub, processor)
     assert accounts(hub)[0] == {"a": 1, "b": 2, "c": 0}
+
+
+def test_streams_that_no_further_step_ends_are_reported_at_the_end(processor: CoSteerLogitsProcessor, hub: FakeHub) -> None:
+    tokens: list[int] = []
+    processor.update_state(update(add=[added(0, params("a"), tokens)]))
+    steer(processor, 1)
+    tokens.append(3)
+    processor.update_state(None)
+    steer(processor, 1)
+    leave(processor)
+    hub.wait_for(lambda received: isinstance(received[-1], End))
+    assert accounts(hub)[0] == {"a": 2}
 
 
 def test_a_resumed_request_goes_on_where_it_was(processor: CoSteerLogitsProcessor, hub: FakeHub) -> None:

@@ -19,7 +19,7 @@ from costeer_vllm.engine.processor import CoSteerLogitsProcessor
 from costeer_vllm.protocol.messages import Advance, Begin, End
 
 from .fake_hub import TIMEOUT_S, ExactEdges, FakeHub
-from .test_processor_v1 import GARBAGE, STOP, VOCAB, accounts, assert_steered, config, hear_out, params
+from .test_processor_v1 import GARBAGE, STOP, VOCAB, accounts, assert_steered, config, hear_out, leave, params
 
 SLOTS = 4
 MAX_LEN = 64
@@ -154,8 +154,7 @@ def processor(
     monkeypatch.setattr(RequestState, "remove_request", RequestState.remove_request)
     processor = CoSteerLogitsProcessor(config(), LogitsProcRequestState.from_request_state(state))
     yield processor
-    if processor._table is not None and processor._table._link is not None:
-        processor._table._link.close()
+    leave(processor)
 
 
 @pytest.fixture
@@ -313,9 +312,7 @@ def test_two_engines_in_one_process_keep_apart(processor: CoSteerLogitsProcessor
     hear_out(hub, processor)
     hear_out(hub, other)
     assert accounts(hub)[0] == {"a": 1, "b": 2}
-    assert other._table is not None
-    assert other._table._link is not None
-    other._table._link.close()
+    leave(other)
 
 
 def test_a_failure_in_a_hook_stops_steering_and_nothing_else(

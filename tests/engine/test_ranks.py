@@ -55,8 +55,8 @@ def work(rank: int, store: str, endpoint: str, results: str) -> None:
         processor.update_state(None)
     processor.update_state(BatchUpdate(0, list(range(len(batch))), [], []))
     np.save(f"{results}/{rank}.npy", np.stack(steps))
-    if processor._table is not None and processor._table._link is not None:
-        processor._table._link.close()  # what it has sent leaves before the process does
+    assert processor._table is not None
+    processor._table.leave()  # what it has sent is out before the process is
 
 
 def answer(exact: ExactEdges, message: Message) -> Iterable[HubToEngine]:

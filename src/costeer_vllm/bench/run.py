@@ -215,6 +215,6 @@ def notes(settings: BenchSettings, pair: models.PairShape, cores: Cores) -> list
         "Ratios are taken within each repetition, in which the phases follow one another.",
         "(d) has a batch of one, one stream after another, so its tokens/s do not depend on their number. It is measured over "
         f"{min(settings.serial_tokens, settings.tokens)} tokens per repetition and reckoned for {settings.tokens}.",
-        "Milliseconds per step of (a) to (c) are vLLM's own mean time between two tokens of a stream; those of the small model are "
-        "measured alone: two rows per stream to log-probabilities, then their deltas to bytes.",
+        "Milliseconds per step of (a) to (c) are vLLM's own mean time between two tokens of a stream; those of the small model "
+        "are measured alone: two rows per stream to log-probabilities, then their deltas to bytes.",
     ]

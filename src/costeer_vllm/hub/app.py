@@ -170,7 +170,7 @@ async def _close(websocket: WebSocket, link: EdgeLink, *tasks: "asyncio.Task[Non
 
 
 def build_app(hub: Hub) -> FastAPI:
-    """The HTTP and WebSocket interface of a hub. Names of workers are personal: on a reachable host they need the attach key."""
+    """The HTTP and WebSocket interface of a hub. Names of workers are personal: a hub with a key shows them to its holders."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -179,9 +179,8 @@ def build_app(hub: Hub) -> FastAPI:
         hub.engines.stop()
 
     def authorized(request: Request) -> None:
-        settings = hub.settings
-        given = request.headers.get("authorization", "")
-        if settings.local or settings.attach_key is None or keys.same(given, f"Bearer {settings.attach_key}"):
+        key, given = hub.settings.attach_key, request.headers.get("authorization", "")
+        if key is None or keys.same(given, f"Bearer {key}"):
             return
         sentence = "the attach key is missing or wrong: send it as Authorization: Bearer <attach key>"
         raise HTTPException(401, sentence, {"WWW-Authenticate": "Bearer"})

@@ -39,11 +39,6 @@ class HubSettings:
                 _demand_loopback("engine_endpoint", self.engine_endpoint, engine_host)
 
     @property
-    def local(self) -> bool:
-        """Whether edge workers and HTTP clients can only come from this machine."""
-        return is_loopback(self.host)
-
-    @property
     def curve(self) -> bool:
         """Whether the engine link is encrypted and authenticated: on TCP with a key. A local socket has file permissions."""
         return self.attach_key is not None and self.engine_endpoint.startswith("tcp:")
