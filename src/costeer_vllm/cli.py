@@ -109,7 +109,7 @@ def edge(
 
 @app.command()
 def demo(
-    T: Annotated[int, typer.Option("--T", min=1, help="Iterations of Eq. 7; the default is what the demo's scores support.")] = 5,
+    T: Annotated[int, typer.Option("--T", min=1, help="Iterations of Eq. 7; the default is what the demo's scores favor.")] = 1,
     profiles: Annotated[int, typer.Option(min=1, max=8, help="Edge workers to start, each with 25 queries.")] = 2,
     rows: Annotated[int, typer.Option(min=1, max=200, help="Held-out queries for the offline scores.")] = 200,
     json: Annotated[bool, typer.Option("--json", help="Print one line of JSON last, everything else to stderr.")] = False,

@@ -87,9 +87,13 @@ def test_strength_is_what_the_iterations_give(deployment: Deployment, query: str
     assert one == deployment.chat(query, {"strength": 1 / 2.1}).choices[0].message.content
 
 
-def test_penalties_and_grammars_hold_while_steering(deployment: Deployment, query: str) -> None:
-    answer = deployment.chat(query, {"T": 5}, extra_body={"structured_outputs": {"choice": ["yes", "no"]}})
-    assert answer.choices[0].message.content in ("yes", "no")
+def test_a_forbidden_token_stays_forbidden_while_steering(deployment: Deployment, query: str) -> None:
+    def tokens(**extra: Any) -> list[int]:
+        answer = deployment.chat(query, {"T": 5}, extra_body={"return_token_ids": True, **extra})
+        return list(answer.choices[0].token_ids)
+
+    forbidden = tokens()[3]
+    assert forbidden not in tokens(logit_bias={str(forbidden): -100})
 
 
 MISTAKES: list[tuple[dict[str, Any], list[str]]] = [

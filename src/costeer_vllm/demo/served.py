@@ -16,7 +16,7 @@ from rich.panel import Panel
 from rich.progress import Progress
 
 from costeer_vllm.demo.export import export, slug
-from costeer_vllm.demo.scores import MAX_NEW_TOKENS, as_table, load_pair, scores
+from costeer_vllm.demo.scores import MAX_NEW_TOKENS, STEERED_T, as_table, load_pair, scores
 from costeer_vllm.demo.task import Row, held_out, score
 from costeer_vllm.errors import InvalidParameter
 from costeer_vllm.processes import Server, edge_worker, serving, wait_until
@@ -58,8 +58,9 @@ def run_demo(T: int, num_profiles: int, num_rows: int, as_json: bool) -> None:
     show(console, rows, plain, steered)
     served = {"large_without": _shares(plain.answers, rows), f"steered_T{T}": _shares(steered.answers, rows)}
     console.print(as_table(offline, num_rows), as_table({f"{name}, served": row for name, row in served.items()}, len(rows)))
-    missed = f"{steered.tokens_steered} tokens steered, {steered.tokens_missed} missed"
-    console.print(f"Served through the OpenAI API at T = {T}, the demo's default by these scores: {missed}.")
+    favored = max(STEERED_T, key=lambda T: sum(offline[f"steered_T{T}"].values()))
+    console.print(f"Served through the OpenAI API at T = {T}; of {STEERED_T} the offline scores favor T = {favored}.")
+    console.print(f"{steered.tokens_steered} tokens steered, {steered.tokens_missed} missed.")
     if as_json:
         table = {name: offline[name] for name in BASELINES} | {"steered": served[f"steered_T{T}"]}
         print(json.dumps({"scores": table, "tokens_steered": steered.tokens_steered, "tokens_missed": steered.tokens_missed}))
