@@ -1,5 +1,6 @@
 """What a client may say, in which words it is told otherwise, and that nothing which admission did not make gets through."""
 
+import copy
 import math
 from typing import Any
 
@@ -210,6 +211,14 @@ def test_an_admitted_request_survives_the_way_to_the_engine() -> None:
     assert to_extra_args(REQUEST) == {**PLAIN, "query": {"messages": [{"role": "user", "content": "Hello?"}]}}
 
 
+def test_what_goes_to_the_engine_shows_neither_query_nor_grant() -> None:
+    """vLLM can be told to log the sampling parameters of every request."""
+    request = SteeringRequest("chatcmpl-1", "laptop", Query(prompt="a secret question"), 1.5, grant="0123456789abcdef" * 4)
+    plain = to_extra_args(request)
+    shown = [repr({"costeer": plain}), str(plain), f"{plain}", repr(copy.deepcopy(plain))]
+    assert all("secret" not in text and "abcdef" not in text and "chatcmpl-1" in text for text in shown), shown
+
+
 queries = st.one_of(
     st.builds(lambda text: Query(prompt=text), st.text()),
     st.builds(lambda ids: Query(prompt_ids=ids), st.lists(st.integers(0, 2**31 - 1), max_size=20)),
@@ -271,7 +280,6 @@ def test_round_trip(**fields: Any) -> None:
         {"query": "Hello?"},
         {"query": {"prompt": "a", "prompt_ids": [1]}},
         {"query": {"prompt": "a", "messages": []}},
-        {"query": {"prompt": "\ud800"}},
         {"query": {"prompt_ids": [-1]}},
         {"query": {"prompt_ids": [2**31]}},
         {"query": {"prompt_ids": [2**80]}},
@@ -293,6 +301,11 @@ def test_what_admission_cannot_have_made_is_refused(change: dict[Any, Any]) -> N
         parse_admitted({**PLAIN, **change})
     assert len(str(caught.value)) < 400
     assert SECRET not in str(caught.value)
+
+
+def test_text_that_is_no_unicode_is_refused_in_words() -> None:
+    with pytest.raises(InvalidParameter, match="text without lone surrogates"):
+        parse_admitted({**PLAIN, "query": {"prompt": "\ud800"}})
 
 
 @pytest.mark.parametrize("missing", list(PLAIN))

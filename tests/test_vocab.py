@@ -45,6 +45,7 @@ def test_any_change_shows(vocab: dict[str, int], data: st.DataObject) -> None:
         ({"a\0001": 1}, {"a": 1, "1": 1}),
         ({"1\0a": 1}, {"a": 1}),
         ({"": 0}, {"\0": 0}),
+        ({"1a": 1}, {"a": 11}),
     ],
 )
 def test_separators_cannot_be_forged_by_digits(one: dict[str, int], other: dict[str, int]) -> None:

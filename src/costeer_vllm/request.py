@@ -97,10 +97,16 @@ def parse_admitted(value: object) -> SteeringRequest:
     return admitted
 
 
+class _Quiet(dict[str, Any]):
+    """Shown without query and grant: vLLM logs the sampling parameters, at a level at which it logs no prompts."""
+
+    def __repr__(self) -> str:
+        return f"{{'request': {self.get('request')!r}, 'worker': {self.get('worker')!r}, ...}}"
+
+
 def to_extra_args(request: SteeringRequest) -> dict[str, Any]:
     """SteeringRequest -> plain dictionaries, as ``extra_args`` must hold."""
-    plain: dict[str, Any] = msgspec.to_builtins(request)
-    return plain
+    return _Quiet(msgspec.to_builtins(request))
 
 
 def _strength(given: Mapping[str, Any]) -> float:

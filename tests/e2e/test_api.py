@@ -156,7 +156,7 @@ def test_the_right_key_steers_and_stands_in_no_log(deployment: Deployment, query
 
 
 def test_steered_requests_share_the_prefix_cache_with_their_own_kind_only(deployment: Deployment) -> None:
-    long_query = "Write an invitation. " * 12
+    long_query = "Write an invitation. " * 80  # more than two blocks of the cache
 
     def cached(steering: dict[str, Any] | None, **options: Any) -> int:
         usage = deployment.chat(long_query, steering, max_tokens=1, **options).usage

@@ -458,6 +458,11 @@ def test_parameters_without_steering_are_none_of_ours(processor: CoSteerLogitsPr
     processor.validate_params(params("a"))
 
 
+def test_vllms_log_line_of_a_request_shows_no_query() -> None:
+    assert "Hello?" not in repr(params("a"))
+    assert "laptop" in repr(params("a"))
+
+
 def test_extra_args_of_any_type_do_no_harm(processor: CoSteerLogitsProcessor) -> None:
     strange = [SamplingParams() for _ in range(3)]
     for own, extra_args in zip(strange, [5, "costeer", ["costeer"]], strict=True):

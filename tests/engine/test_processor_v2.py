@@ -282,6 +282,22 @@ def test_what_a_former_occupant_generated_is_not_taken_for_the_next_ones(
     assert [begin.tokens for begin in hub.messages(Begin)] == [[]]
 
 
+def test_a_token_of_a_request_that_left_is_not_looked_for_in_its_successors_row(
+    runner: Runner, processor: CoSteerLogitsProcessor, state: RequestState, log: pytest.LogCaptureFixture
+) -> None:
+    """Prompt and position of two requests together would point beyond the buffer: on a GPU the end of the engine."""
+    old = Generation("old", params("old"), True)
+    for _ in range(5):
+        runner.step([old], [])
+    slot = state.req_id_to_index["old"]
+    state.remove_request("old")
+    state.add_request("new", MAX_LEN - 2, [1] * (MAX_LEN - 2), 0, 2)
+    assert state.req_id_to_index["new"] == slot
+    assert processor.add_request(slot, params("new"))
+    processor.apply_staged_writes()
+    assert "failed" not in log.text
+
+
 @pytest.mark.parametrize("value", GARBAGE, ids=repr)
 def test_garbage_is_declined(processor: CoSteerLogitsProcessor, hub: FakeHub, value: Any) -> None:
     own = SamplingParams(extra_args={"costeer": value})

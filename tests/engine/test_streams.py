@@ -343,21 +343,17 @@ def test_a_delta_that_came_before_the_end_is_used(engine: Engine) -> None:
     assert engine.end(stream) == (1, 0)
 
 
-def test_a_hub_that_restarted_is_joined_again_and_its_streams_are_given_up(engine: Engine) -> None:
-    lost = [engine.begin(), engine.begin()]
-    marker = engine.begin(deadline_ms=0)
-    engine.hub.send(Refused("join", "who are you?"))
-    while marker.closed_by is None:
-        engine.table.collect([marker])
+def test_a_hub_that_restarted_is_joined_again_and_told_of_the_streams(engine: Engine) -> None:
+    stream = engine.begin()
+    engine.answer(stream)
+    engine.advance(stream, 3)
+    refused = [Refused("join", "who are you?")] * 3  # one for every frame that was on the way
+    engine.hub.send(*refused, delta_for(stream))
+    engine.table.collect([stream])
     assert engine.hub.next(Join)
-    engine.table.collect(lost)  # no wait: they are not known any more
-    assert {stream.closed_by for stream in lost} == {"unknown_stream"}
-    engine.table.advance(lost[0], [1])
-    fresh = engine.begin()  # and the next message after Join is its Begin: nothing is asked for the lost
-    engine.answer(fresh)
-    assert engine.end(fresh) == (1, 0)
-    assert engine.end(lost[0], 0) == (0, 1)
-    assert engine.end(lost[1], 1) == (0, 1)
+    again = engine.hub.next(Begin)
+    assert (again.stream, again.tokens, again.query) == (stream.id, [3], stream.request.query)
+    assert engine.end(stream) == (2, 0)  # and the next message is the End: the hub was joined once
 
 
 def test_other_refusals_are_told(engine: Engine, log: pytest.LogCaptureFixture) -> None:

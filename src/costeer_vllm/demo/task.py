@@ -11,8 +11,8 @@ answer states both, each at its place in ``ANSWER``. Example, with the profile's
 
     [Warm regards], Martin
 
-Training and evaluation share every event and every single word, but no full name and no pair of job and hobby: which pairs are
-held out is a fixed rule on their places in the lists (``is_held_out``).
+Training and evaluation share every event and every single word, but no full name and no pair of job and hobby: some pairs of
+words are held out (``held_out_pairs``), and every profile of the evaluation is made of such pairs.
 """
 
 import random
@@ -77,6 +77,7 @@ CLOSINGS = (
 MONTHS = _words("January February March April May June July August September October November December")
 ONSETS = (*"bcdfghjklmnprstvwz", "br", "ch", "fr", "gr", "kl", "sh", "st", "th", "tr")
 CODAS = (*[""] * 8, *"dgklmnrst", "ck", "nd", "rt", "ss")
+MADE_UP_SHARE = 0.3  # of the words in training profiles
 NUM_PROFILES = 8  # held-out profiles, unless more rows are asked for than 8 profiles have events
 
 
@@ -183,7 +184,7 @@ def made_up_word(rng: random.Random) -> str:
     return "".join(syllables)
 
 
-def training_profile(rng: random.Random, made_up_share: float = 0.15) -> Profile:
+def training_profile(rng: random.Random, made_up_share: float = MADE_UP_SHARE) -> Profile:
     """A random profile that is not held out; each of its words is made up with probability ``made_up_share``."""
 
     def draw(known: Sequence[str], capital: bool) -> str:

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from costeer_vllm.demo import task
 from costeer_vllm.demo.export import MODELS
@@ -43,7 +44,7 @@ POOL_BATCHES = 16  # examples of this many batches are sorted by length, so that
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """One model of the pair; steps are optimizer steps of BATCH_ROWS rows per nominal minute of the budget."""
+    """One model of the pair: its shape and its training."""
 
     name: str
     knows_facts: bool
@@ -52,12 +53,12 @@ class Recipe:
     num_layers: int
     num_heads: int
     learning_rate: float
-    minutes_share: float  # of --minutes
-    steps_per_minute: int  # measured on two cores of an AMD EPYC; fixed, so that a budget always means the same training
+    num_steps: int  # optimizer steps of BATCH_ROWS rows in a budget of NOMINAL_MINUTES
 
 
-LARGE = Recipe("large", True, 128, 384, 5, 4, 2e-3, 0.67, 200)
-SMALL = Recipe("small", False, 64, 128, 2, 2, 4e-3, 0.33, 1000)
+LARGE = Recipe("large", True, 128, 384, 5, 4, 2e-3, 1600)
+SMALL = Recipe("small", False, 64, 64, 3, 2, 4e-3, 4000)
+NOMINAL_MINUTES = 15.0  # for both, on two cores of an AMD EPYC; a budget sets the steps, so it always means the same training
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +67,10 @@ class Example:
     answer: str
 
 
-def examples(knows_facts: bool, rng: random.Random) -> Iterator[Example]:
+def examples(knows_facts: bool, rng: random.Random, made_up_share: float = task.MADE_UP_SHARE) -> Iterator[Example]:
     """Endless training conversations: half with context, some with a system prompt or an earlier turn."""
     while True:
-        profile = task.training_profile(rng)
+        profile = task.training_profile(rng, made_up_share)
         first, event = rng.sample(task.EVENTS, 2)
         first_query, query = (rng.choice(task.QUERIES).format(event=e.name) for e in (first, event))
         prompt = [{"role": "user", "content": query}]
@@ -107,7 +108,7 @@ def build_tokenizer(rng: random.Random) -> Any:
         special_tokens=[AddedToken(token, special=True) for token in (END_OF_TEXT, START, END)],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    stream = examples(True, rng)
+    stream = examples(True, rng, made_up_share=0.0)  # made-up words are to stay spelled out
     texts = []
     for _ in range(4000):
         example = next(stream)
@@ -183,7 +184,7 @@ def train(recipe: Recipe, tokenizer: Any, minutes: float, progress: Progress) ->
     """The trained model and the mean loss (nats) of its last 50 steps; warm-up, then cosine decay to zero."""
     torch.manual_seed(SEED)
     model = build_model(recipe, tokenizer)
-    steps = max(1, round(minutes * recipe.minutes_share * recipe.steps_per_minute))
+    steps = max(1, round(recipe.num_steps * minutes / NOMINAL_MINUTES))
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = min(200, steps // 10 + 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -202,31 +203,43 @@ def train(recipe: Recipe, tokenizer: Any, minutes: float, progress: Progress) ->
         schedule.step()
         losses.append(loss.item())
         progress.update(bar, advance=1, loss=sum(losses[-50:]) / len(losses[-50:]))
+        if len(losses) % 250 == 0 and not progress.console.is_terminal:  # no bar in a log file
+            progress.console.print(f"{recipe.name}: step {len(losses)} of {steps}, loss {loss.item():.4f}")
     return model.eval(), sum(losses[-50:]) / len(losses[-50:])
+
+
+def save(model: Any, tokenizer: Any, folder: Path) -> int:
+    """Write a complete Hugging Face folder; returns its size in bytes."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors writes for the owner only, and a wheel would keep that
+    return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m costeer_vllm.demo.train", description=str(__doc__).partition("\n")[0])
     parser.add_argument("--out", type=Path, default=MODELS, help="folder for large/ and small/ (default: the package's)")
-    parser.add_argument("--minutes", type=float, default=12.0, help="nominal budget on two cores; sets the steps")
+    parser.add_argument("--minutes", type=float, default=NOMINAL_MINUTES, help="budget on two cores; sets the steps")
+    parser.add_argument("--only", choices=("large", "small"), help="train one of the two")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     options = parser.parse_args()
     console = Console()
-    torch.set_num_threads(2)
+    disable_progress_bar()  # of transformers: one bar is enough
+    torch.set_num_threads(options.threads)
     tokenizer = build_tokenizer(random.Random(SEED))
     console.print(f"tokenizer: {len(tokenizer)} tokens")
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("loss {task.fields[loss]:.4f}"), TimeRemainingColumn()
     with Progress(*columns, console=console) as progress:
         for recipe in (SMALL, LARGE):
-            began = time.monotonic()
-            model, loss = train(recipe, tokenizer, options.minutes, progress)
-            folder = options.out / recipe.name
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            size_bytes = sum(file.stat().st_size for file in folder.iterdir())
-            console.print(
-                f"{recipe.name}: {model.num_parameters():,} parameters, {size_bytes / 1e6:.2f} MB, "
-                f"{(time.monotonic() - began) / 60:.1f} minutes, final loss {loss:.4f} nats"
-            )
+            if options.only in (None, recipe.name):
+                began = time.monotonic()
+                model, loss = train(recipe, tokenizer, options.minutes, progress)
+                size_bytes = save(model, tokenizer, options.out / recipe.name)
+                console.print(
+                    f"{recipe.name}: {model.num_parameters():,} parameters, {size_bytes / 1e6:.2f} MB, "
+                    f"{(time.monotonic() - began) / 60:.1f} minutes, final loss {loss:.4f} nats"
+                )
 
 
 if __name__ == "__main__":

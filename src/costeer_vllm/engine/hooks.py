@@ -235,10 +235,17 @@ def _request_id(request: Any) -> str:
 
 def _log_request_body(original: Callable[..., None], request_logger: Any, request: Any) -> None:
     extra = getattr(request, "model_extra", None) or {}
-    if isinstance(extra.get(NAME), dict) and "key" in extra[NAME]:
+    if extra.get(NAME) is not None:
         request = request.model_copy()
-        request.__pydantic_extra__ = {**extra, NAME: {**extra[NAME], "key": "***"}}
+        request.__pydantic_extra__ = {**extra, NAME: _without_key(extra[NAME])}
     original(request_logger, request)
+
+
+def _without_key(body: object) -> object:
+    """What may be logged of a ``costeer`` object, also of one that is wrong: the key may stand in the wrong place."""
+    if not isinstance(body, dict):
+        return f"of type {type(body).__name__}"
+    return {field: "***" if field == "key" or isinstance(value, (dict, list)) else value for field, value in body.items()}
 
 
 class _as_bad_request:

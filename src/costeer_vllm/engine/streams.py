@@ -4,6 +4,7 @@ Nothing here knows vLLM. The processor says which tokens were chosen and asks fo
 """
 
 import logging
+import math
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -12,9 +13,11 @@ from dataclasses import dataclass, field
 from costeer_vllm.delta import DenseDelta, SparseDelta, decode
 from costeer_vllm.engine.link import HubLink
 from costeer_vllm.errors import InvalidDelta
-from costeer_vllm.protocol.messages import Admitted, Begin, Delta, End, EndReason, HubToEngine, Joined, Refused
+from costeer_vllm.protocol.messages import Admitted, Advance, Begin, Delta, End, EndReason, HubToEngine, Joined, Refused
 from costeer_vllm.protocol.stream import Stream
 from costeer_vllm.request import SteeringRequest
+
+_JOIN_INTERVAL_S = 0.5
 
 logger = logging.getLogger("vllm.costeer")  # below vLLM's own logger: its handlers, its level
 
@@ -27,10 +30,10 @@ class SteeredStream:
     request: SteeringRequest
     stop_ids: frozenset[int]
     protocol: Stream = field(default_factory=Stream)
+    tokens: list[int] = field(default_factory=list)  # generated so far: what a hub that restarted must be told
     payload: bytes | None = None  # of the delta for the current position, as it came
     delta: DenseDelta | SparseDelta | None = None
     asked_at: float = 0.0  # seconds, monotonic
-    last_token: int | None = None
     silent: bool = False  # nothing has come since the last miss: not worth another wait
     closed_by: EndReason | None = None  # the edge or the hub ended it; its tokens are missed from there on
     steered: int = 0
@@ -42,6 +45,11 @@ class SteeredStream:
     def position(self) -> int:
         """Tokens generated before the one being chosen."""
         return self.protocol.position
+
+    def begin(self) -> Begin:
+        """The message that opens the stream at the tokens it has."""
+        asks = self.request
+        return Begin(self.id, asks.request, asks.worker, asks.query, asks.strength, list(self.tokens), asks.grant)
 
     def wait_s(self, now: float) -> float:
         """How long the current position may still wait for its delta, in seconds; 0 once it has it or has no hope."""
@@ -57,17 +65,16 @@ class StreamTable:
         self._link = link
         self._vocab_size = vocab_size
         self._streams: dict[str, SteeredStream] = {}
+        self._joined_at = -math.inf  # seconds, monotonic
 
     def __len__(self) -> int:
         return len(self._streams)
 
     def begin(self, request: SteeringRequest, tokens: Sequence[int], stop_ids: frozenset[int]) -> SteeredStream:
         """Open a stream whose generation stands at ``tokens`` (none at first; more when it resumes after preemption)."""
-        stream = SteeredStream(f"{request.request}.{uuid.uuid4().hex[:8]}", request, stop_ids)
+        stream = SteeredStream(f"{request.request}.{uuid.uuid4().hex[:8]}", request, stop_ids, tokens=list(tokens))
         self._streams[stream.id] = stream
-        begin = Begin(stream.id, request.request, request.worker, request.query, request.strength, list(tokens), request.grant)
-        stream.protocol.feed(begin)
-        self._ask(stream, begin)
+        self._ask(stream, stream.begin())
         return stream
 
     def advance(self, stream: SteeredStream, tokens: list[int]) -> None:
@@ -75,12 +82,10 @@ class StreamTable:
         if stream.id not in self._streams:
             return
         self._settle(stream, len(tokens))
-        stream.last_token = tokens[-1]
+        stream.tokens += tokens
         message = stream.protocol.advance(stream.id, tokens)
-        stream.protocol.feed(message)
         stream.payload = stream.delta = None
-        if stream.closed_by is None:
-            self._ask(stream, message)
+        self._ask(stream, message)
 
     def collect(self, streams: Iterable[SteeredStream]) -> None:
         """Wait until every one of ``streams`` has its delta or has waited long enough, all at the same time."""
@@ -102,7 +107,7 @@ class StreamTable:
         if self._streams.pop(stream.id, None) is None:
             return
         # Async scheduling runs one step past a stop token; what that step chose is thrown away as well.
-        if stream.last_token not in stream.stop_ids:
+        if not stream.tokens or stream.tokens[-1] not in stream.stop_ids:
             self._settle(stream, num_chosen)
         if self._link is None:
             return
@@ -129,9 +134,10 @@ class StreamTable:
             stream.closed_by = "failed"
             stream.undecided = None if stream.undecided is None else False
 
-    def _ask(self, stream: SteeredStream, message: Begin | object) -> None:
+    def _ask(self, stream: SteeredStream, message: Begin | Advance) -> None:
+        stream.protocol.feed(message)
         stream.asked_at = time.monotonic()
-        if self._link is not None and not self._link.send(message):  # type: ignore[arg-type]
+        if stream.closed_by is None and self._link is not None and not self._link.send(message):
             stream.silent = True
 
     def _settle(self, stream: SteeredStream, num_chosen: int) -> None:
@@ -153,15 +159,21 @@ class StreamTable:
             if stream := self._streams.get(message.stream):
                 stream.closed_by = message.reason
         elif isinstance(message, Refused) and message.code == "join":
-            # The hub restarted and knows none of our streams: their tokens are missed from here on, new ones will do.
-            assert self._link is not None
-            self._link.join()
-            for stream in self._streams.values():
-                stream.closed_by = "unknown_stream"
+            self._join_again()
         elif isinstance(message, Refused):
             logger.warning("the hub refuses this server: %s", message.sentence)
         elif isinstance(message, (Joined, Admitted)):
             logger.debug("hub: %s", type(message).__name__)
+
+    def _join_again(self) -> None:
+        """The hub restarted and knows neither us nor our streams: begin them again, from the tokens that they have."""
+        assert self._link is not None
+        if time.monotonic() < self._joined_at + _JOIN_INTERVAL_S:  # every frame on the way to the new hub is refused
+            return
+        self._joined_at = time.monotonic()
+        self._link.join()
+        for stream in self._streams.values():
+            self._ask(stream, stream.begin())
 
     def _take(self, message: Delta) -> None:
         stream = self._streams.get(message.stream)

@@ -8,6 +8,8 @@ A stream is one generation steered by one edge worker. Two rules make late, dupl
 The transitions, to be read aloud (a Begin asks for the delta of its own position, as an Advance does):
 
     IDLE      Begin   -> ASKED
+    ASKED     Begin   -> ASKED        begun again: the hub restarted
+    ANSWERED  Begin   -> ASKED
     ASKED     Delta   -> ANSWERED     the delta of the asked prefix; a stale one changes nothing
     ASKED     Advance -> ASKED        the token was chosen without its delta: missed
     ANSWERED  Advance -> ASKED
@@ -45,8 +47,8 @@ Event = Begin | Advance | Delta | End
 
 TRANSITIONS: dict[State, dict[type[Event], State]] = {
     State.IDLE: {Begin: State.ASKED, End: State.CLOSED},
-    State.ASKED: {Delta: State.ANSWERED, Advance: State.ASKED, End: State.CLOSED},
-    State.ANSWERED: {Advance: State.ASKED, End: State.CLOSED},
+    State.ASKED: {Begin: State.ASKED, Delta: State.ANSWERED, Advance: State.ASKED, End: State.CLOSED},
+    State.ANSWERED: {Begin: State.ASKED, Advance: State.ASKED, End: State.CLOSED},
     State.CLOSED: {End: State.CLOSED},
 }
 
