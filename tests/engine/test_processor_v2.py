@@ -278,8 +278,10 @@ def test_what_a_former_occupant_generated_is_not_taken_for_the_next_ones(
     state.add_request("new", len(PROMPT), PROMPT, 0, 32)
     assert state.req_id_to_index["new"] == slot
     processor.add_request(slot, params("new"))
+    state.add_request("third", len(PROMPT), [*PROMPT, 9], 0, 32)
+    processor.add_request((slot + 1) % SLOTS, params("elsewhere"))
     hear_out(hub, processor)
-    assert [begin.tokens for begin in hub.messages(Begin)] == [[]]
+    assert [begin.tokens for begin in hub.messages(Begin)] == [[], []]
 
 
 def test_a_token_of_a_request_that_left_is_not_looked_for_in_its_successors_row(

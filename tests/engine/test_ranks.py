@@ -18,7 +18,7 @@ from costeer_vllm.request import SteeringRequest, to_extra_args
 from .fake_hub import TIMEOUT_S, ExactEdges, FakeHub, delta_of
 
 VOCAB = 16
-NAMES = ["dense", "sparse", "silent", "broken"]
+NAMES = ["silent", "dense", "broken", "sparse"]  # a missing delta before each one that is there
 STEPS = 4
 NUM_ROWS = len(NAMES) + 1  # one request is not steered
 
@@ -95,7 +95,7 @@ def test_two_ranks_add_the_same_bits(tmp_path: Path) -> None:
     assert len(hub.messages(Join)) == 1  # only rank 0 talks to the hub
     assert len(hub.messages(Begin)) == len(NAMES)
     assert exact.problems == []
-    plain, dense, sparse, silent, broken = first.transpose(1, 0, 2)
+    plain, silent, dense, broken, sparse = first.transpose(1, 0, 2)
     assert not plain.any()
     assert not silent.any()
     assert not broken.any()

@@ -56,8 +56,8 @@ class Recipe:
     num_steps: int  # optimizer steps of BATCH_ROWS rows in a budget of NOMINAL_MINUTES
 
 
-LARGE = Recipe("large", True, 128, 384, 5, 4, 2e-3, 1600)
-SMALL = Recipe("small", False, 64, 64, 3, 2, 4e-3, 4000)
+LARGE = Recipe("large", True, 128, 384, 5, 4, 2e-3, 1340)
+SMALL = Recipe("small", False, 64, 128, 2, 2, 4e-3, 3300)
 NOMINAL_MINUTES = 15.0  # for both, on two cores of an AMD EPYC; a budget sets the steps, so it always means the same training
 
 
@@ -67,10 +67,10 @@ class Example:
     answer: str
 
 
-def examples(knows_facts: bool, rng: random.Random, made_up_share: float = task.MADE_UP_SHARE) -> Iterator[Example]:
+def examples(knows_facts: bool, rng: random.Random) -> Iterator[Example]:
     """Endless training conversations: half with context, some with a system prompt or an earlier turn."""
     while True:
-        profile = task.training_profile(rng, made_up_share)
+        profile = task.training_profile(rng)
         first, event = rng.sample(task.EVENTS, 2)
         first_query, query = (rng.choice(task.QUERIES).format(event=e.name) for e in (first, event))
         prompt = [{"role": "user", "content": query}]
@@ -108,7 +108,7 @@ def build_tokenizer(rng: random.Random) -> Any:
         special_tokens=[AddedToken(token, special=True) for token in (END_OF_TEXT, START, END)],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    stream = examples(True, rng, made_up_share=0.0)  # made-up words are to stay spelled out
+    stream = examples(True, rng)
     texts = []
     for _ in range(4000):
         example = next(stream)
