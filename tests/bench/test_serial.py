@@ -1,5 +1,6 @@
 """The serial loop generates what Algorithm 1 generates, and its arithmetic for throughput is right."""
 
+import os
 import random
 from typing import Any
 
@@ -69,9 +70,6 @@ def test_the_small_step_is_taken_for_every_stream(pair: tuple[Any, Any], tmp_pat
 
 
 def test_a_core_is_left_again() -> None:
-    os = pytest.importorskip("os")
-    if not hasattr(os, "sched_getaffinity"):
-        pytest.skip("this system cannot pin threads")
     before = os.sched_getaffinity(0)
     with on_core(min(before)):
         assert os.sched_getaffinity(0) == {min(before)}

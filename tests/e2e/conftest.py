@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from costeer_vllm.demo.export import export
-from costeer_vllm.processes import Running, Server, edge_worker, serving, wait_until
+from costeer_vllm.processes import Running, Server, edge_worker, serving
 
 from . import reference
 
@@ -62,12 +62,8 @@ class Deployment:
         return self.client.chat.completions.create(messages=[{"role": "user", "content": content}], extra_body=body, **arguments)
 
     def account(self, request_id: str) -> dict[str, Any]:
-        """The hub's finished account of a request: all of its streams have ended."""
-        wait_until(lambda: self._is_finished(request_id), self.server, 30.0)
-        return self.server.steered(request_id)
-
-    def _is_finished(self, request_id: str) -> bool:
-        return all(stream["state"] == "finished" for stream in self.server.steered(request_id)["streams"])
+        """The hub's account of a request once all of its streams have ended."""
+        return self.server.account(request_id)
 
 
 @pytest.fixture(scope="session")

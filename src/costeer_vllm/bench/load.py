@@ -14,8 +14,6 @@ from costeer_vllm.bench.models import PROMPT_WORDS, text
 from costeer_vllm.errors import CoSteerError
 from costeer_vllm.processes import Server
 
-REPORT_TIMEOUT_S = 5.0  # the engine reports a stream's counts a step after its last token
-
 
 class Incomplete(CoSteerError):
     """An answer without as many tokens as were asked for: the figures would be wrong."""
@@ -84,13 +82,11 @@ class Client:
 
     def _counts(self, request: str, num_tokens: int) -> tuple[int, int]:
         """Tokens steered and missed of one request."""
-        deadline = time.monotonic() + REPORT_TIMEOUT_S
-        while time.monotonic() < deadline:
-            report = self._server.steered(request)
-            if report["tokens_steered"] + report["tokens_missed"] >= num_tokens:
-                return report["tokens_steered"], report["tokens_missed"]
-            time.sleep(0.02)
-        raise Incomplete(f"the hub has no account of {num_tokens} tokens of {request} within {REPORT_TIMEOUT_S:g} s")
+        account = self._server.account(request)
+        steered, missed = account["tokens_steered"], account["tokens_missed"]
+        if steered + missed != num_tokens:
+            raise Incomplete(f"the hub accounts for {steered + missed} tokens of {request}, which has {num_tokens}")
+        return steered, missed
 
     def _step_times(self) -> tuple[float, float]:
         """Seconds between tokens, over all requests so far, and their number; from the server's own metrics."""

@@ -60,7 +60,12 @@ def on_core(core: int | None) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def facts() -> dict[str, str | int]:
+def load() -> float:
+    """Processes that have been running here within the last minute, on average; 0 where the system does not say."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0
+
+
+def facts() -> dict[str, str | int | float]:
     """What a figure depends on: processor, cores, accelerator and versions."""
     import torch
 

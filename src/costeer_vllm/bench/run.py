@@ -92,7 +92,7 @@ def run_bench(settings: BenchSettings, json_path: Path | None = None) -> None:
     Raises:
         CoSteerError, httpx.HTTPError: if anything does not work.
     """
-    console, cores = Console(), machine.choose_cores()
+    console, cores, load = Console(), machine.choose_cores(), machine.load()
     pair = models.ON_GPU if has_cuda() else models.ON_CPU
     with tempfile.TemporaryDirectory(prefix="costeer-bench-") as folder, Progress(console=console, transient=True) as progress:
         task = progress.add_task("", total=NUM_STARTS + settings.num_phases)
@@ -102,7 +102,7 @@ def run_bench(settings: BenchSettings, json_path: Path | None = None) -> None:
 
         with started(Path(folder), settings, pair, cores, say) as turns:
             samples = turns.measure()
-    figures, facts = samples.figures(), machine.facts()
+    figures, facts = samples.figures(), machine.facts() | {"load_before": load}
     show(console, figures, facts, notes(settings, pair, cores))
     if json_path is not None:
         write_json(json_path, figures, facts)

@@ -98,7 +98,7 @@ def ask_all(server: Server, rows: Sequence[Row], steering: dict[str, Any] | None
         ids, answers = zip(*pool.map(ask, rows), strict=True)
     if steering is None:
         return Served(list(answers), 0, 0)
-    counts = [server.steered(request_id) for request_id in ids]
+    counts = [server.account(request_id) for request_id in ids]
     return Served(
         list(answers), sum(count["tokens_steered"] for count in counts), sum(count["tokens_missed"] for count in counts)
     )

@@ -75,6 +75,7 @@ CLOSINGS = (
     *("Take care", "Kind greetings", "Until then", "Cheers"),
 )
 MONTHS = _words("January February March April May June July August September October November December")
+HELD_OUT_EVERY = 8  # of the pairs of words, one in 8 is kept for evaluation
 MADE_UP_SHARE = 0.15  # of the words in training profiles
 NUM_PROFILES = 8  # held-out profiles, unless more rows are asked for than 8 profiles have events
 
@@ -158,13 +159,8 @@ class Row:
 
 
 def held_out_pairs(first: Sequence[str], second: Sequence[str]) -> list[tuple[str, str]]:
-    """The pairs that training never sees: each word of ``first`` with one word of ``second``, drawn once and for all.
-
-    They are few and follow no rule. If they did, a model would learn the rule from what is missing and, against what it reads,
-    refuse to write such a pair.
-    """
-    rng = random.Random(0)
-    return [(word, rng.choice(second)) for word in first]
+    """The pairs that training never sees: those whose places in the two lists sum to a multiple of HELD_OUT_EVERY."""
+    return [(a, b) for i, a in enumerate(first) for j, b in enumerate(second) if (i + j) % HELD_OUT_EVERY == 0]
 
 
 HELD_OUT_NAMES = [" ".join(pair) for pair in held_out_pairs(FIRST_NAMES, LAST_NAMES)]
@@ -177,7 +173,7 @@ def is_held_out(profile: Profile) -> bool:
 
 
 def made_up_word(rng: random.Random) -> str:
-    """A word of two or three random syllables, so that models learn to copy names that no list contains."""
+    """A word of two or three random syllables, so that not every name comes from the lists."""
     return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.choice((2, 2, 3))))
 
 

@@ -66,7 +66,7 @@ class Retry:
 
     first_s: float = 0.2
     most_s: float = 10.0
-    name_taken: int = 8  # times in a row: a former self's half-open connection is noticed by the hub within half a minute
+    name_taken: int = 12  # times in a row: a former self's half-open connection is noticed by the hub within half a minute
 
 
 class AttachmentRefused(CoSteerError):

@@ -7,17 +7,21 @@ import torch
 
 from costeer_vllm.delta import DenseDelta, SparseDelta
 from costeer_vllm.engine.streams import SteeredStream
-from costeer_vllm.kernels import DenseDeltas, SparseDeltas, steer_inplace
+from costeer_vllm.kernels import Deltas, DenseDeltas, SparseDeltas, steer_inplace
 
 
 def steer_batch(logits: torch.Tensor, rows: Mapping[int, SteeredStream]) -> None:
     """``logits[row] += strength * delta`` for every row whose stream has its delta; ``logits [num_rows, vocab]`` float32."""
     dense = [(row, s.request.strength, s.delta) for row, s in rows.items() if isinstance(s.delta, DenseDelta)]
     sparse = [(row, s.request.strength, s.delta) for row, s in rows.items() if isinstance(s.delta, SparseDelta)]
+    device = logits.device
+    additions: list[tuple[torch.Tensor, torch.Tensor, Deltas]] = []  # all made before the first is applied: it is all or nothing
     if dense:
-        steer_inplace(logits, *_rows_and_strength(dense, logits.device), _dense(dense, logits.device))
+        additions.append((*_rows_and_strength(dense, device), _dense(dense, device)))
     if sparse:
-        steer_inplace(logits, *_rows_and_strength(sparse, logits.device), _sparse(sparse, logits.device))
+        additions.append((*_rows_and_strength(sparse, device), _sparse(sparse, device)))
+    for row_ids, strength, deltas in additions:
+        steer_inplace(logits, row_ids, strength, deltas)
 
 
 def _rows_and_strength(entries: Sequence[tuple[int, float, object]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

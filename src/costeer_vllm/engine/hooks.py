@@ -93,6 +93,8 @@ def _create_engine_config(original: Callable[..., Any], args: Any, *rest: Any, *
     if named:
         _raise_problems()
         _check_supported(config)
+        if kwargs.get("headless") and not os.environ.get("COSTEER_HUB"):
+            raise Unsupported("costeer: a headless node needs COSTEER_HUB: the hub runs where the front end is")
         from costeer_vllm.engine.hub_process import ensure_hub
 
         logger.info("the hub's engine endpoint is %s", ensure_hub())
@@ -155,6 +157,8 @@ def _serving_models(original: Callable[..., None], models: Any, *args: Any, **kw
 
 
 def _asks(request: Any) -> bool:
+    if not hasattr(request, "to_sampling_params"):  # such as /tokenize, which nobody steers
+        return False
     extra = getattr(request, "model_extra", None) or {}
     model = getattr(request, "model", None)
     return extra.get(NAME) is not None or (_state["named"] and isinstance(model, str) and model.endswith(ALIAS_SUFFIX))

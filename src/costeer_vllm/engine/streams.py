@@ -34,7 +34,7 @@ class SteeredStream:
     payload: bytes | None = None  # of the delta for the current position, as it came
     delta: DenseDelta | SparseDelta | None = None
     asked_at: float = 0.0  # seconds, monotonic
-    silent: bool = False  # nothing has come since the last miss: not worth another wait
+    silent: bool = False  # nothing has come in time since the last miss: not worth another wait
     closed_by: EndReason | None = None  # the edge or the hub ended it; its tokens are missed from there on
     steered: int = 0
     missed: int = 0
@@ -173,15 +173,17 @@ class StreamTable:
         self._joined_at = time.monotonic()
         self._link.join()
         for stream in self._streams.values():
+            asked_at = stream.asked_at
             self._ask(stream, stream.begin())
+            stream.asked_at = asked_at  # its token has waited since then
 
     def _take(self, message: Delta) -> None:
         stream = self._streams.get(message.stream)
         if stream is None or stream.closed_by is not None:
             return
-        stream.silent = False
         if not stream.protocol.wants(message):
             return
+        stream.silent = False
         try:
             stream.delta = decode(message.payload, self._vocab_size)
         except InvalidDelta as error:
