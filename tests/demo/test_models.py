@@ -1,6 +1,7 @@
 """The shipped pair: complete, small, and able to show that steering joins what neither model has alone."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from costeer_vllm.demo import task
 from costeer_vllm.demo.algorithm1 import algorithm1
 from costeer_vllm.demo.export import MODELS, export, slug
 from costeer_vllm.demo.scores import Pair, answers, load_pair, methods, scores
+from costeer_vllm.demo.train import SEED, build_tokenizer
 from costeer_vllm.steering import SteeringParams
 
 ROWS = task.held_out(200)
@@ -55,6 +57,12 @@ def test_the_configs_are_what_vllm_loads(name: str) -> None:
 def test_the_two_tokenizers_are_one() -> None:
     large, small = ((MODELS / name / "tokenizer.json").read_bytes() for name in ("large", "small"))
     assert large == small
+
+
+def test_the_training_script_still_builds_the_shipped_tokenizer(tmp_path: Path) -> None:
+    """It sees the training texts, so it also tells when the task, its held-out pairs included, is no longer what was trained."""
+    build_tokenizer(random.Random(SEED)).save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (MODELS / "large" / "tokenizer.json").read_bytes()
 
 
 @pytest.mark.parametrize("text", ["Grüße aus Zürich!\n\n\t naïve 東京 \U0001f600  x", "def f(a):\n    return a[1:]\r\n", " "])
