@@ -378,8 +378,9 @@ class Router:
         return f"{given}: no edge worker of that name is attached; attached now: {listed}"
 
     def _names(self) -> str:
-        """Names for a refusal; a worker with a steering key keeps its name to itself."""
-        names = list(islice((name for name, a in self.workers.items() if a.attach.key_digest is None), MAX_NAMES_LISTED))
+        """Names for a refusal; a worker with a steering key keeps its name to itself, a hub with an attach key all of them."""
+        shown = (name for name, a in self.workers.items() if self._attach_key is None and a.attach.key_digest is None)
+        names = list(islice(shown, MAX_NAMES_LISTED))
         others = len(self.workers) - len(names)
         if not names:
             return f"{others} whose names are not shown"
