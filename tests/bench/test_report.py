@@ -82,12 +82,17 @@ def test_the_table_shows_every_ratio_and_the_notes(samples: Samples) -> None:
 
 def test_missed_tokens_are_shouted(samples: Samples) -> None:
     samples.values["missed", 8][1] = 3
-    (warning,) = warnings(samples.figures())
+    (warning,) = warnings(samples.figures(), MACHINE)
     assert warning.startswith("3 TOKENS WERE NOT STEERED at 8 streams")
 
 
 def test_a_small_model_that_is_not_small_is_shouted(samples: Samples) -> None:
     samples.values["small_step", 1][:] = [12.0, 12.0, 12.0]
-    (warning,) = warnings(samples.figures())
+    (warning,) = warnings(samples.figures(), MACHINE)
     assert "TOO LARGE" in warning
     assert "4.2 times" in warning
+
+
+def test_a_busy_machine_is_shouted(samples: Samples) -> None:
+    (warning,) = warnings(samples.figures(), MACHINE | {"load_before": 1.7})
+    assert "NOT QUIET" in warning

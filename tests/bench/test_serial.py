@@ -9,7 +9,7 @@ import torch
 
 from costeer_vllm.bench import models
 from costeer_vllm.bench.local import Local
-from costeer_vllm.bench.machine import Cores, choose_cores, facts, on_core
+from costeer_vllm.bench.machine import Cores, choose_cores, facts, load, on_core
 from costeer_vllm.bench.models import Shape
 from costeer_vllm.bench.serial import SerialRun, iterate, serial_loop
 from costeer_vllm.demo.algorithm1 import algorithm1, personalize
@@ -79,3 +79,4 @@ def test_a_core_is_left_again() -> None:
 def test_the_machine_is_described() -> None:
     assert {"cpu", "cores", "torch", "vllm"} <= facts().keys()
     assert choose_cores().note.endswith(".")
+    assert load() >= 0

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+QUIET = 0.5  # load average
 MIN_STEP_RATIO = 5.0  # below it the small model is no small model, and steering cannot hide behind the large one's step
 
 PHASES = {
@@ -103,13 +104,15 @@ def show(console: Console, figures: Sequence[Figure], machine: Mapping[str, Any]
     console.print(_table(figures))
     for note in notes:
         console.print(f"- {note}", highlight=False)
-    for warning in warnings(figures):
+    for warning in warnings(figures, machine):
         console.print(warning, style="bold red", highlight=False)
 
 
-def warnings(figures: Iterable[Figure]) -> list[str]:
+def warnings(figures: Iterable[Figure], machine: Mapping[str, Any]) -> list[str]:
     """Why figures must not be believed."""
     found = []
+    if (load := machine.get("load_before", 0.0)) > QUIET:
+        found.append(f"THE MACHINE WAS NOT QUIET before the start (load {load}): other processes are in these figures.")
     for figure in figures:
         if figure.name == "missed" and any(figure.values):
             found.append(f"{sum(figure.values):g} TOKENS WERE NOT STEERED at {figure.streams} streams: (c) is not comparable.")
