@@ -1,12 +1,13 @@
 """Run ``LLM(...)`` in this process against a hub, in configurations that ``vllm serve`` does not choose on a CPU.
 
-    python -m tests.e2e.offline FOLDER WORKER OPTIONS        (COSTEER_HUB set; OPTIONS and the answer are JSON)
+    python -m tests.e2e.offline FOLDER WORKER OPTIONS ANSWER        (COSTEER_HUB set; OPTIONS is JSON)
 
-Prints one line of JSON: the token ids of every query, and how often a request was preempted.
+Writes JSON to the file ANSWER: the token ids of every query, and how often a request was preempted.
 """
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
@@ -53,7 +54,7 @@ def steered(worker: str, query: str, number: int, T: int, num_tokens: int, ignor
     return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=ignore_eos, extra_args=extra_args)
 
 
-def main(folder: str, worker: str, options: dict[str, Any]) -> None:
+def main(folder: str, worker: str, options: dict[str, Any], answer_file: Path) -> None:
     if options.pop("async_scheduling", False):
         force_async_scheduling()
     queries = options.pop("queries")
@@ -71,8 +72,9 @@ def main(folder: str, worker: str, options: dict[str, Any]) -> None:
     params = [steered(worker, query, i, T, num_tokens, ignore_eos) for i, query in enumerate(queries)]
     answers = llm.chat([[{"role": "user", "content": query}] for query in queries], params, use_tqdm=False)
     tokens = [list(answer.outputs[0].token_ids) for answer in answers]
-    print(json.dumps({"tokens": tokens, "preemptions": len(preempted)}))
+    # Not to stdout: vLLM's processes write there as well, into the same line if they like.
+    answer_file.write_text(json.dumps({"tokens": tokens, "preemptions": len(preempted)}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), Path(sys.argv[4]))

@@ -46,10 +46,12 @@ def run_offline(
         **environment,
     }
     arguments = {"queries": queries()[:NUM_QUERIES], "T": PARAMS.T, "num_tokens": NUM_TOKENS, **options}
-    command = [sys.executable, "-m", "tests.e2e.offline", str(folder), "open", json.dumps(arguments)]
+    answer_file = folder / "answer.json"
+    answer_file.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "tests.e2e.offline", str(folder), "open", json.dumps(arguments), str(answer_file)]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    answer: dict[str, Any] = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
+    answer: dict[str, Any] = json.loads(answer_file.read_text())
     return answer
 
 
