@@ -20,7 +20,7 @@ LEVELS = [
     ["__init__"],
     ["errors", "addresses"],
     ["steering", "protocol"],
-    ["vocab", "delta"],
+    ["vocab", "delta", "candidates"],
     ["kernels", "request"],
     ["edge", "hub", "engine"],
     ["serve", "offline"],

@@ -48,7 +48,7 @@ class SparseDelta:
 
 def encode_lossless(delta: npt.NDArray[np.float32]) -> bytes:
     """``delta [vocab]`` in nats, float32 -> payload; NaN (an id neither row can produce) becomes 0, the rest is clamped."""
-    values = _finite(delta).astype("<f4", copy=False)
+    values = finite(delta).astype("<f4", copy=False)
     return _HEADER.pack(_LOSSLESS, len(values)) + values.tobytes()
 
 
@@ -78,7 +78,7 @@ def encode_sparse(
     rest_with, rest_without = (max(float(p.sum(dtype=np.float64)), 1e-30) for p in (p_with, p_without))
     tail = np.log(rest_with / rest_without)
     with np.errstate(invalid="ignore"):  # -inf - -inf
-        values = _finite(with_context[ids] - without_context[ids] - np.float32(tail)).astype("<f2")
+        values = finite(with_context[ids] - without_context[ids] - np.float32(tail)).astype("<f2")
     wide = len(with_context) > 2**16
     kind, width = (_SPARSE_32, "<u4") if wide else (_SPARSE_16, "<u2")
     return _HEADER.pack(kind, len(ids)) + ids.astype(width).tobytes() + values.tobytes()
@@ -112,7 +112,8 @@ def decode(payload: bytes, vocab_size: int) -> DenseDelta | SparseDelta:
     return SparseDelta(ids, values)
 
 
-def _finite(delta: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def finite(delta: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """NaN (an id neither row can produce) becomes 0, the rest is clamped to +-MAX_NATS."""
     return np.clip(np.nan_to_num(delta, nan=0.0, posinf=MAX_NATS, neginf=-MAX_NATS), -MAX_NATS, MAX_NATS)
 
 

@@ -3,6 +3,7 @@
 CoSteerError
 +-- InvalidParameter       a value that a caller gave is outside what is allowed      (also a ValueError)
 +-- InvalidDelta           an encoded delta that cannot be used                       (also a ValueError)
++-- InvalidCandidates      encoded candidates that cannot be used                     (also a ValueError)
 +-- ProtocolError          a frame or a message order that the protocol forbids
 |   +-- LocalProtocolError     we were about to break it
 |   +-- RemoteProtocolError    the peer broke it
@@ -28,6 +29,10 @@ class InvalidParameter(CoSteerError, ValueError):
 
 class InvalidDelta(CoSteerError, ValueError):
     """An encoded delta with a wrong size, a wrong id or a value that is not finite."""
+
+
+class InvalidCandidates(CoSteerError, ValueError):
+    """Encoded candidates with a wrong size, ids out of order or a value that is no log-probability."""
 
 
 class ProtocolError(CoSteerError):

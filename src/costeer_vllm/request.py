@@ -8,17 +8,34 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 import msgspec
 
 from costeer_vllm.errors import InvalidParameter
-from costeer_vllm.protocol.messages import MAX_QUERY_BYTES, ContextRef, Digest, Name, Query, encode
+from costeer_vllm.protocol.messages import (
+    MAX_CANDIDATES,
+    MAX_QUERY_BYTES,
+    MAX_ROUNDING,
+    ContextRef,
+    Digest,
+    Fusion,
+    Name,
+    Query,
+    encode,
+)
 from costeer_vllm.steering import SteeringParams, check_finite, check_strength
 
 OnMissing: TypeAlias = Literal["continue"]
 
 DEFAULT_DEADLINE_MS = 5_000.0
 MAX_DEADLINE_MS = 60_000.0  # far below vLLM's VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS (300), after which the engine gives itself up
+DEFAULT_CANDIDATES = 64
 MAX_REQUEST_ID = 160  # characters; a stream's id is the request's and a suffix
 _STEERING_FIELDS = ("T", "alpha", "beta", "lambda", "eta")
-NUMBERS = (*_STEERING_FIELDS, "strength", "confidence", "deadline_ms")
-FIELDS = ("worker", "key", "context_ref", *_STEERING_FIELDS, "strength", "confidence", "on_missing", "deadline_ms")
+_EDGE_FIELDS = ("candidates", "rounding", "max_bits")  # of edge fusion only
+NUMBERS = (*_STEERING_FIELDS, "strength", "confidence", *_EDGE_FIELDS, "deadline_ms")
+FIELDS = (
+    *("worker", "key", "context_ref", "fusion"),
+    *(*_STEERING_FIELDS, "strength", "confidence"),
+    *_EDGE_FIELDS,
+    *("on_missing", "deadline_ms"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +49,10 @@ class Options:
     deadline_ms: float  # how long a token may wait for its delta
     confidence: float = 1.0  # steer only where the base policy's largest probability is below it; 1: everywhere
     context_ref: str | None = None  # which of the edge worker's contexts
+    fusion: Fusion = "cloud"
+    candidates: int = DEFAULT_CANDIDATES  # k: tokens of the base policy that an edge worker chooses from
+    rounding: float = 0.0  # step of their log-probabilities, nats; 0: none
+    max_bits: float | None = None  # what the answer may tell about the context
 
     def __repr__(self) -> str:
         key = None if self.key is None else "***"
@@ -49,6 +70,10 @@ class SteeringRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, o
     on_missing: OnMissing = "continue"
     grant: Digest | None = None
     confidence: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
+    fusion: Fusion = "cloud"
+    candidates: Annotated[int, msgspec.Meta(ge=1, le=MAX_CANDIDATES)] = DEFAULT_CANDIDATES
+    rounding: Annotated[float, msgspec.Meta(ge=0, le=MAX_ROUNDING)] = 0.0
+    max_bits: Annotated[float, msgspec.Meta(ge=0)] | None = None
 
 
 def parse_options(body: object) -> Options:
@@ -72,9 +97,15 @@ def parse_options(body: object) -> Options:
         key=_key(given.get("key")),
         strength=_strength(given),
         on_missing=_on_missing(given.get("on_missing", "continue")),
-        deadline_ms=_deadline(given.get("deadline_ms", DEFAULT_DEADLINE_MS)),
+        deadline_ms=_within(
+            "deadline_ms", given.get("deadline_ms", DEFAULT_DEADLINE_MS), 0, MAX_DEADLINE_MS, "a number of milliseconds"
+        ),
         confidence=_confidence(given.get("confidence", 1.0)),
         context_ref=_context_ref(given.get("context_ref")),
+        fusion=_fusion(given),
+        candidates=_candidates(given.get("candidates", DEFAULT_CANDIDATES)),
+        rounding=_within("rounding", given.get("rounding", 0.0), 0, MAX_ROUNDING, "a number of nats"),
+        max_bits=_max_bits(given.get("max_bits")),
     )
 
 
@@ -96,7 +127,9 @@ def parse_admitted(value: object) -> SteeringRequest:
         raise InvalidParameter("the query", f"{query_bytes} bytes long", f"at most {MAX_QUERY_BYTES} bytes long to be steered")
     check_strength("strength", admitted.strength)
     check_finite("deadline_ms", admitted.deadline_ms)
-    check_finite("confidence", admitted.confidence)
+    for field in ("confidence", "rounding", "max_bits"):
+        if (value := getattr(admitted, field)) is not None:
+            check_finite(field, value)
     forms = (admitted.query.messages, admitted.query.prompt, admitted.query.prompt_ids)
     if sum(form is not None for form in forms) != 1:
         raise InvalidParameter("extra_args.costeer.query", "ambiguous", "exactly one of messages, prompt and prompt_ids")
@@ -157,11 +190,11 @@ def _on_missing(value: object) -> OnMissing:
     return "continue"
 
 
-def _deadline(value: object) -> float:
-    deadline_ms = check_finite("deadline_ms", value)
-    if not 0 <= deadline_ms <= MAX_DEADLINE_MS:
-        raise InvalidParameter("deadline_ms", value, f"a number of milliseconds from 0 to {MAX_DEADLINE_MS:g}")
-    return deadline_ms
+def _within(field: str, value: object, least: float, most: float, what: str) -> float:
+    number = check_finite(field, value)
+    if not least <= number <= most:
+        raise InvalidParameter(field, value, f"{what} from {least:g} to {most:g}")
+    return number
 
 
 def _confidence(value: object) -> float:
@@ -169,6 +202,30 @@ def _confidence(value: object) -> float:
     if not 0 <= confidence <= 1:
         raise InvalidParameter("confidence", value, "a probability from 0 (no token is steered) to 1 (every token is)")
     return confidence
+
+
+def _fusion(given: Mapping[str, Any]) -> Fusion:
+    value = given.get("fusion", "cloud")
+    if value not in get_args(Fusion):
+        raise InvalidParameter("fusion", value, "'cloud' (deltas leave the device) or 'edge' (tokens only)")
+    for field in _EDGE_FIELDS:
+        if field in given and value != "edge":
+            raise InvalidParameter(field, given[field], "left out unless fusion is 'edge'")
+    return value  # type: ignore[no-any-return]
+
+
+def _candidates(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_CANDIDATES:
+        raise InvalidParameter("candidates", value, f"an integer from 1 to {MAX_CANDIDATES}")
+    return value
+
+
+def _max_bits(value: object) -> float | None:
+    if value is None:
+        return None
+    if (bits := check_finite("max_bits", value)) < 0:
+        raise InvalidParameter("max_bits", value, "a number of bits, 0 or more")
+    return bits
 
 
 def _suggestion(field: str) -> str:

@@ -8,12 +8,15 @@ from .conftest import Deployment
 from .reference import NUM_TOKENS, PARAMS, queries
 
 
+@pytest.mark.parametrize("fusion", ["cloud", "edge"])
 @pytest.mark.parametrize("concurrency", [1, 8])
-def test_served_tokens_equal_algorithm_1(deployment: Deployment, expected: list[list[int]], concurrency: int) -> None:
+def test_served_tokens_equal_algorithm_1(
+    deployment: Deployment, expected: list[list[int]], concurrency: int, fusion: str
+) -> None:
     def ask(query: str) -> tuple[str, list[int]]:
         answer = deployment.chat(
             query,
-            {"T": PARAMS.T},
+            {"T": PARAMS.T, "fusion": fusion},
             max_tokens=NUM_TOKENS,
             extra_body={"ignore_eos": True, "return_token_ids": True},
         )

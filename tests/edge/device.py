@@ -1,4 +1,4 @@
-"""A gateway over real sockets, without a small model: the tests play the engine by telling the ledger what came."""
+"""A gateway over real sockets, without a small model: the tests play the engine by telling the accounts what came."""
 
 import asyncio
 import contextlib
@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from costeer_vllm.edge.accounts import Ledger
+from costeer_vllm.edge.accounts import Accounts
 from costeer_vllm.edge.context import PrivateContexts
 from costeer_vllm.edge.gateway import Gateway
 from costeer_vllm.edge.settings import EdgeSettings, gateway_settings
@@ -28,7 +28,7 @@ class Device:
     """``steerable``: None while the worker is not attached."""
 
     server: Upstream
-    ledger: Ledger
+    accounts: Accounts
     contexts: PrivateContexts
     steerable: PrivateContexts | None
     gateway: Gateway
@@ -43,13 +43,13 @@ class Device:
         return None if registered is None else str(registered.text)
 
     def steers(self, ref: str, *, missed: int = 0, steered: int = 0, streams: int = 1, end: bool = True) -> None:
-        """What the ledger sees of the streams of a request: per stream 100 bytes down and 1,000 up."""
+        """What the accounts sees of the streams of a request: per stream 100 bytes down and 1,000 up."""
         for i in range(streams):
             name = f"{ref}.{i}"
-            self.ledger.received(begin(name, Query(prompt="Hi", ref=ref)), 100)
-            self.ledger.sent(Delta(name, 0, 0, b""), 1000)
+            self.accounts.received(begin(name, Query(prompt="Hi", ref=ref)), 100)
+            self.accounts.sent(Delta(name, 0, 0, b""), 1000)
             if end:
-                self.ledger.received(End(name, "finished", "", steered, missed), 10)
+                self.accounts.received(End(name, "finished", "", steered, missed), 10)
 
 
 @contextlib.asynccontextmanager
@@ -58,7 +58,7 @@ async def device(folder: Path, server: str | None = None, patience: Patience = Q
     context = folder / "me.md"
     if not context.exists():
         context.write_text("I am Wilhelmina.", encoding="utf-8")
-    contexts, ledger = PrivateContexts.load(str(context)), Ledger()
+    contexts, accounts = PrivateContexts.load(str(context)), Accounts()
     keys = {name: options.pop(name, None) for name in ("key", "server_key")}
     async with upstream() as up:
         address = options.pop("address", "127.0.0.1:0")
@@ -66,10 +66,10 @@ async def device(folder: Path, server: str | None = None, patience: Patience = Q
             **{"hub": "127.0.0.1:1", "name": "laptop", "model": "tiny", "context": str(context), **options},
             gateway=gateway_settings(address, server or up.url, **keys),
         )
-        gateway = Gateway(settings, lambda: found.steerable, ledger, patience)
+        gateway = Gateway(settings, lambda: found.steerable, accounts, patience)
         serving = asyncio.create_task(gateway.serve())
         async with httpx.AsyncClient(base_url=gateway.url, trust_env=False, timeout=TIMEOUT_S) as app:
-            found = Device(up, ledger, contexts, contexts, gateway, app)
+            found = Device(up, accounts, contexts, contexts, gateway, app)
             try:
                 yield found
             finally:
@@ -79,6 +79,6 @@ async def device(folder: Path, server: str | None = None, patience: Patience = Q
                 gateway.close()
         assert serving.done()
         assert gateway._device.num_taken == 0
-        assert not ledger._by_ref
-        assert not ledger._by_stream
+        assert not accounts._by_ref
+        assert not accounts._by_stream
         assert not contexts._registered

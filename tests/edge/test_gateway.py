@@ -236,7 +236,7 @@ def test_counts_that_come_late_are_waited_for_and_those_that_never_come_are_null
                 at.steers(ref, end=False)
                 if late:
                     loop = asyncio.get_running_loop()
-                    loop.call_later(late.pop(), at.ledger.received, End(f"{ref}.0", "finished", "", 3, 0), 5)
+                    loop.call_later(late.pop(), at.accounts.received, End(f"{ref}.0", "finished", "", 3, 0), 5)
                 if is_streamed:
                     await call.start_events()
                     await call.chunk(*sse(CHUNK, "[DONE]"), b"")
@@ -268,7 +268,7 @@ def test_an_answer_that_was_not_steered_says_so(tmp_path: Path) -> None:
 
             async def lost(call: Call) -> None:
                 at.steers(ref_of(call), end=False)
-                at.ledger.detached()
+                at.accounts.detached()
                 await call.answer(json.dumps(ANSWER).encode())
 
             for script, counts, note in (

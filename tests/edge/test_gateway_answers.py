@@ -119,14 +119,14 @@ def test_what_is_no_object_stays_as_it_is(answer: bytes) -> None:
 @pytest.mark.parametrize(
     ("account", "counts", "note"),
     [
-        (Account(1, num_over=1, tokens_steered=5, num_deltas=5), (5, 0), None),
-        (Account(1, num_over=1, tokens_steered=5, tokens_missed=2, num_deltas=5), (5, 2), None),
-        (Account(1, num_over=1, tokens_missed=2, num_deltas=1), (0, 2), "no delta came in time"),
+        (Account(1, num_over=1, tokens_steered=5, num_answers=5), (5, 0), None),
+        (Account(1, num_over=1, tokens_steered=5, tokens_missed=2, num_answers=5), (5, 2), None),
+        (Account(1, num_over=1, tokens_missed=2, num_answers=1), (0, 2), "no delta came in time"),
         (Account(1, num_over=1, tokens_missed=2), (0, 2), "no delta came in time"),
         (Account(1), (0, None), "the server's hub asked it for nothing"),
         (Account(1, num_lost=1, why="too many"), (0, None), "gave no delta (too many)"),
-        (Account(1, num_lost=1, why="gone", num_deltas=3), (None, None), "not known here (gone)"),
-        (Account(2, num_over=1, tokens_steered=5, num_deltas=3), (None, None), "not known here:"),
+        (Account(1, num_lost=1, why="gone", num_answers=3), (None, None), "not known here (gone)"),
+        (Account(2, num_over=1, tokens_steered=5, num_answers=3), (None, None), "not known here:"),
     ],
 )
 def test_counts_are_those_of_all_tokens_or_null_with_a_note(account: Account, counts: tuple[Any, Any], note: str | None) -> None:

@@ -2,9 +2,9 @@
 
 import random
 
-from costeer_vllm.edge.streams import Order, Streams
+from costeer_vllm.edge.streams import Answer, Order, Streams
 from costeer_vllm.protocol import keys
-from costeer_vllm.protocol.messages import Advance, End, Query
+from costeer_vllm.protocol.messages import Advance, Delta, End, Query
 from costeer_vllm.protocol.stream import extend_hash
 
 from .hub import QUERY, advance, begin
@@ -20,8 +20,9 @@ def test_a_begin_becomes_one_order() -> None:
     assert (streams.num_asked, len(streams)) == (1, 1)
     assert streams.take_orders() == ([Order(1, 0, (1, 2), 2, extend_hash(0, [1, 2]), QUERY)], [])
     assert streams.take_orders() == ([], [])
-    assert streams.awaits(1, 2, extend_hash(0, [1, 2])) == "a"
-    assert streams.awaits(1, 1, extend_hash(0, [1])) is None
+    prefix_hash = extend_hash(0, [1, 2])
+    assert streams.answered(Answer(1, 2, prefix_hash, b"delta")) == Delta("a", 2, prefix_hash, b"delta")
+    assert streams.answered(Answer(1, 1, extend_hash(0, [1]), b"")) is None
 
 
 def test_advances_melt_into_one_order_for_the_newest_prefix() -> None:
@@ -30,7 +31,7 @@ def test_advances_melt_into_one_order_for_the_newest_prefix() -> None:
     streams.take_orders()
     for position in range(1, 5):
         assert streams.feed(advance("a", list(range(position))), 0.0) is None
-    assert streams.awaits(1, 0, 0) is None, "a newer prefix is asked for"
+    assert streams.answered(Answer(1, 0, 0, b"")) is None, "a newer prefix is asked for"
     (order,), _ = streams.take_orders()
     assert (order.keep, order.tokens, order.position, order.query) == (0, (0, 1, 2, 3), 4, None)
 
@@ -101,7 +102,7 @@ def test_a_stream_that_begins_again_is_a_new_one() -> None:
     streams.feed(begin("a", tokens=[7]), 0.0)
     (order,), closed = streams.take_orders()
     assert (order.serial, order.position, closed) == (2, 1, [1])
-    assert streams.awaits(1, 0, 0) is None
+    assert streams.answered(Answer(1, 0, 0, b"")) is None
     assert streams.fail(1, "failed", "") is None
     assert streams.fail(2, "failed", "so") == End("a", "failed", "so")
 

@@ -17,7 +17,7 @@ VOCAB = 50
 
 def stream(delta: DenseDelta | SparseDelta | None, strength: float = 2.0, **fields: Any) -> SteeredStream:
     request = SteeringRequest("r", "laptop", Query(prompt="Hello?"), strength, **fields)
-    return SteeredStream("s", request, frozenset(), delta=delta)
+    return SteeredStream("s", request, frozenset(), answer=delta)
 
 
 def dense(seed: int) -> DenseDelta:

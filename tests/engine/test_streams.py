@@ -64,7 +64,7 @@ class Engine:
         marker = self.begin()
         self.hub.send(*messages, delta_for(marker))
         self.table.collect([marker])
-        assert marker.delta is not None
+        assert marker.answer is not None
         self.end(marker, 0)
 
     def end(self, stream: SteeredStream, num_chosen: int = 1) -> tuple[int, int]:
@@ -106,13 +106,13 @@ def test_tokens_are_steered_one_by_one_and_counted(engine: Engine) -> None:
     prefix: list[int] = []
     for token in (3, 1, 4):
         engine.answer(stream)
-        assert isinstance(stream.delta, DenseDelta)
-        assert stream.delta.values.tolist() == VALUES.tolist()
+        assert isinstance(stream.answer, DenseDelta)
+        assert stream.answer.values.tolist() == VALUES.tolist()
         assert stream.undecided is True
         prefix.append(token)
         advance = engine.advance(stream, token)
         assert advance == Advance(stream.id, len(prefix), extend_hash(0, prefix), [token])
-        assert stream.delta is stream.payload is None  # of the former prefix
+        assert stream.answer is stream.payload is None  # of the former prefix
     assert engine.end(stream, 0) == (3, 0)
     assert len(engine.table) == 0
 
@@ -127,9 +127,9 @@ def test_the_token_of_the_last_step_counts_when_it_was_kept(engine: Engine) -> N
 def test_a_stream_that_resumes_asks_for_where_it_stands(engine: Engine) -> None:
     stream = engine.begin([5, 6, 5])
     engine.hear(Delta(stream.id, 0, 0, encode_lossless(VALUES)))
-    assert stream.delta is None
+    assert stream.answer is None
     engine.answer(stream)
-    assert stream.delta is not None
+    assert stream.answer is not None
     assert engine.end(stream) == (1, 0)
 
 
@@ -176,8 +176,8 @@ def test_streams_wait_for_their_deltas_together(engine: Engine) -> None:
     engine.hub.send(*(delta_for(stream, VALUES + i) for i, stream in reversed(list(enumerate(streams)))))
     engine.table.collect(streams)
     for i, stream in enumerate(streams):
-        assert isinstance(stream.delta, DenseDelta)
-        assert stream.delta.values.tolist() == (VALUES + i).tolist()
+        assert isinstance(stream.answer, DenseDelta)
+        assert stream.answer.values.tolist() == (VALUES + i).tolist()
 
 
 # Deltas that do not fit
@@ -200,24 +200,24 @@ def test_a_delta_of_any_other_prefix_is_dropped(engine: Engine, position: int, t
     engine.advance(stream, 4)
     wrong = Delta(stream.id, position, extend_hash(0, tokens), encode_lossless(VALUES))
     engine.hear(wrong)
-    assert stream.delta is None
+    assert stream.answer is None
     engine.hub.send(wrong, delta_for(stream, VALUES + 1), wrong)
     engine.table.collect([stream])
-    assert isinstance(stream.delta, DenseDelta)
-    assert stream.delta.values.tolist() == (VALUES + 1).tolist()
+    assert isinstance(stream.answer, DenseDelta)
+    assert stream.answer.values.tolist() == (VALUES + 1).tolist()
 
 
 def test_the_first_delta_of_a_prefix_is_the_one(engine: Engine) -> None:
     stream = engine.begin()
     engine.hear(delta_for(stream), delta_for(stream, VALUES + 1))
-    assert isinstance(stream.delta, DenseDelta)
-    assert stream.delta.values.tolist() == VALUES.tolist()
+    assert isinstance(stream.answer, DenseDelta)
+    assert stream.answer.values.tolist() == VALUES.tolist()
 
 
 def test_a_delta_of_an_unknown_stream_is_dropped(engine: Engine) -> None:
     stream = engine.begin()
     engine.hear(msgspec.structs.replace(delta_for(stream), stream="chatcmpl-1.other"))
-    assert stream.delta is None
+    assert stream.answer is None
 
 
 def nan_delta() -> bytes:
@@ -237,13 +237,13 @@ def test_an_unusable_delta_is_counted_and_not_waited_for_again(
     for token in (1, 2, 3):
         engine.hear(msgspec.structs.replace(delta_for(stream), payload=payload))
         engine.table.collect([stream])  # returns at once: no other delta will come
-        assert stream.delta is None
+        assert stream.answer is None
         engine.advance(stream, token)
     assert stream.invalid == 3
     assert engine.end(stream, 0) == (0, 3)
     warnings = [record.getMessage() for record in log.records if record.levelno == logging.WARNING]
     assert len(warnings) == 2, warnings  # one for all bad deltas, one at the end
-    assert "0 tokens steered, 3 missed, 3 unusable deltas" in warnings[1]
+    assert "0 tokens steered, 3 missed, 3 unusable answers" in warnings[1]
 
 
 def test_a_good_delta_after_a_bad_one_is_taken(engine: Engine) -> None:
@@ -251,7 +251,7 @@ def test_a_good_delta_after_a_bad_one_is_taken(engine: Engine) -> None:
     engine.hub.send(msgspec.structs.replace(delta_for(stream), payload=b"bad"), delta_for(stream))
     engine.hear()
     engine.table.collect([stream])
-    assert stream.delta is not None
+    assert stream.answer is not None
     assert stream.undecided is True
 
 
@@ -260,7 +260,7 @@ def test_ids_beyond_the_large_models_vocabulary_are_unusable(engine: Engine) -> 
     row = np.full(VOCAB + 1, -20, np.float32)
     row[VOCAB] = 0
     engine.hear(msgspec.structs.replace(delta_for(stream), payload=encode_sparse(row, row)))
-    assert stream.delta is None
+    assert stream.answer is None
     assert stream.invalid == 1
 
 
@@ -270,7 +270,7 @@ def test_ids_beyond_the_large_models_vocabulary_are_unusable(engine: Engine) -> 
 def test_without_an_answer_the_token_is_missed_when_the_deadline_has_passed(engine: Engine) -> None:
     stream = engine.begin(deadline_ms=5)
     engine.table.collect([stream])
-    assert stream.delta is None
+    assert stream.answer is None
     assert stream.undecided is False
     assert stream.wait_s(stream.asked_at) == 0  # silent
     assert engine.end(stream) == (0, 1)
@@ -304,7 +304,7 @@ def test_after_a_miss_no_further_wait_until_something_arrives(engine: Engine) ->
     engine.advance(stream, 2)
     assert stream.wait_s(stream.asked_at) == 0
     engine.hear(late)  # of no use, and no reason to wait for the next: it will be late as well
-    assert stream.delta is None
+    assert stream.answer is None
     assert stream.wait_s(stream.asked_at) == 0
     engine.hear(delta_for(stream))
     engine.table.collect([stream])
@@ -330,7 +330,7 @@ def test_the_end_of_a_stream_from_the_edge_is_final(engine: Engine, log: pytest.
     engine.answer(stream)
     engine.advance(stream, 1)
     engine.hear(End(stream.id, "detached", "gone"), delta_for(stream))
-    assert stream.delta is None  # what comes after the end is not used
+    assert stream.answer is None  # what comes after the end is not used
     engine.table.collect([stream])
     engine.table.advance(stream, [2])  # nobody is asked any more
     engine.table.collect([stream])
@@ -394,15 +394,15 @@ def test_a_mute_table_decides_as_it_is_told() -> None:
     stream = table.begin(request(), [1], frozenset())
     table.collect([stream])
     table.adopt(stream, encode_lossless(VALUES))
-    assert isinstance(stream.delta, DenseDelta)
+    assert isinstance(stream.answer, DenseDelta)
     table.advance(stream, [2])
-    assert stream.delta is stream.payload is None
+    assert stream.answer is stream.payload is None
     assert stream.position == 2
     table.adopt(stream, None)
-    assert stream.delta is None
+    assert stream.answer is None
     row = np.log(np.full(VOCAB, 1 / VOCAB, np.float32))
     table.adopt(stream, encode_sparse(row, row))
-    assert isinstance(stream.delta, SparseDelta)
+    assert isinstance(stream.answer, SparseDelta)
     table.end(stream, "finished", 1)
     assert len(table) == 0
 
@@ -411,11 +411,11 @@ def test_giving_up_uses_no_delta_from_there_on(engine: Engine) -> None:
     decided, waiting = engine.begin(), engine.begin()
     engine.answer(decided)
     engine.table.give_up()
-    assert decided.delta is None
+    assert decided.answer is None
     assert decided.undecided is False
     engine.hear(delta_for(decided), delta_for(waiting))
     engine.table.collect([decided, waiting])
-    assert decided.delta is waiting.delta is None
+    assert decided.answer is waiting.answer is None
     engine.table.advance(decided, [1])
     assert engine.end(decided) == (0, 2)
     assert engine.end(waiting) == (0, 1)
@@ -458,10 +458,10 @@ def test_every_token_is_steered_by_its_own_delta_or_missed(steps: list[tuple[str
         engine.table.collect([stream])
         if what in ("right", "twice"):
             steered += 1
-            assert isinstance(stream.delta, DenseDelta)
-            assert stream.delta.values.tolist() == (VALUES + len(prefix)).tolist()
+            assert isinstance(stream.answer, DenseDelta)
+            assert stream.answer.values.tolist() == (VALUES + len(prefix)).tolist()
         else:
-            assert stream.delta is None
+            assert stream.answer is None
         former = own
         prefix.append(token)
         engine.advance(stream, token)

@@ -67,7 +67,7 @@ class TestStreams:
             assert [row["stream"] for row in report["streams"]] == ["req-1.a", "req-1.b"]
             assert hub.json("/v1/streams/req-1.b")["streams"] == [report["streams"][1]]
             row = report["streams"][1]
-            assert (row["state"], row["reason"], row["positions"], row["deltas"]) == ("finished", "finished", 6, 5)
+            assert (row["state"], row["reason"], row["positions"], row["answers"]) == ("finished", "finished", 6, 5)
             assert row["bytes_up"] == 5 * len(encode(delta("req-1.b", 1, bytes(100))))
 
     def test_a_lossless_delta_of_a_large_vocabulary(self, hub):

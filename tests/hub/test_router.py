@@ -351,7 +351,7 @@ class TestStream:
         ends.engine(ENGINE, begin(tokens=[1, 2]))
         up = len(ends.edge(ALICE, delta("s", 2)))
         (row,) = ends.router.streams_of("r")
-        assert (row["state"], row["positions"], row["deltas"]) == ("live", 1, 1)
+        assert (row["state"], row["positions"], row["answers"]) == ("live", 1, 1)
         down = len(ends.engine(ENGINE, advance("s", 3)))
         ends.engine(ENGINE, End("s", "finished", tokens_steered=5, tokens_missed=2))
         assert ends.router.streams == {}
@@ -359,7 +359,7 @@ class TestStream:
         assert row["bytes_up"] == up
         assert row["bytes_down"] == len(encode(begin(tokens=[1, 2]))) + down
         assert (row["state"], row["reason"], row["worker"]) == ("finished", "finished", "alice")
-        assert (row["tokens_steered"], row["tokens_missed"], row["positions"], row["deltas"]) == (5, 2, 2, 1)
+        assert (row["tokens_steered"], row["tokens_missed"], row["positions"], row["answers"]) == (5, 2, 2, 1)
         assert (ends.router.totals.tokens_steered, ends.router.totals.tokens_missed) == (5, 2)
 
     def test_two_engines_do_not_disturb_each_other(self, ends):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from costeer_vllm.errors import LocalProtocolError, ProtocolError
-from costeer_vllm.protocol.messages import Advance, Begin, Delta, End, Query
+from costeer_vllm.protocol.messages import Advance, Begin, Choice, Delta, End, Query
 from costeer_vllm.protocol.stream import TRANSITIONS, Event, State, Stream, extend_hash
 
 QUERY = Query(prompt="Hello?")
@@ -20,6 +20,10 @@ def begin(tokens: list[int] | None = None) -> Begin:
 
 def delta(position: int, prefix_hash: int) -> Delta:
     return Delta("s", position, prefix_hash, b"")
+
+
+def choice(stream: Stream) -> Choice:
+    return Choice("s", stream.position, stream.prefix_hash, 7)
 
 
 def wanted(stream: Stream) -> Delta:
@@ -47,6 +51,8 @@ def event_for(stream: Stream, kind: type[Event]) -> Event:
         return begin(FIRST)
     if kind is Advance:
         return stream.advance("s", [5])
+    if kind is Choice:
+        return choice(stream)
     return wanted(stream) if kind is Delta else END
 
 
@@ -55,18 +61,22 @@ TABLE = {
     (State.IDLE, Begin): State.ASKED,
     (State.IDLE, Advance): None,
     (State.IDLE, Delta): False,
+    (State.IDLE, Choice): False,
     (State.IDLE, End): State.CLOSED,
     (State.ASKED, Begin): State.ASKED,
     (State.ASKED, Advance): State.ASKED,
     (State.ASKED, Delta): State.ANSWERED,
+    (State.ASKED, Choice): State.ANSWERED,
     (State.ASKED, End): State.CLOSED,
     (State.ANSWERED, Begin): State.ASKED,
     (State.ANSWERED, Advance): State.ASKED,
     (State.ANSWERED, Delta): False,
+    (State.ANSWERED, Choice): False,
     (State.ANSWERED, End): State.CLOSED,
     (State.CLOSED, Begin): False,
     (State.CLOSED, Advance): False,
     (State.CLOSED, Delta): False,
+    (State.CLOSED, Choice): False,
     (State.CLOSED, End): State.CLOSED,
 }
 

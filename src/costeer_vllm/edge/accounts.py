@@ -1,6 +1,6 @@
 """What steering one request of the gateway came to: tokens and bytes, added up over its streams. No socket, no clock.
 
-The worker shows the ledger every frame; a request is known by the context_ref that its queries carry, which is used once.
+The worker shows them every frame; a request is known by the context_ref that its queries carry, which is used once.
 """
 
 import asyncio
@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from costeer_vllm.protocol.messages import Advance, Begin, Delta, End
+from costeer_vllm.protocol.messages import Advance, Begin, Candidates, Choice, Delta, End
 
 _COUNTED = ("finished", "preempted")  # the reasons of an engine's End, which brings counts; the hub's own have none
 
@@ -23,9 +23,9 @@ class Account:
     num_lost: int = 0  # ended without: by this worker, or with the link
     tokens_steered: int = 0
     tokens_missed: int = 0
-    num_deltas: int = 0  # sent
-    bytes_up: int = 0  # Delta frames
-    bytes_down: int = 0  # Begin and Advance frames
+    num_answers: int = 0  # sent: deltas or choices
+    bytes_up: int = 0  # Delta and Choice frames
+    bytes_down: int = 0  # Begin, Advance and Candidates frames
     why: str = ""  # a stream was lost: the last sentence about it
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -50,7 +50,7 @@ class Account:
             await self.changed.wait()
 
 
-class Ledger:
+class Accounts:
     """The accounts of the requests that are under way."""
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Ledger:
             del self._by_ref[context_ref]
             self._by_stream = {stream: other for stream, other in self._by_stream.items() if other is not account}
 
-    def received(self, message: Begin | Advance | End, num_bytes: int) -> None:
+    def received(self, message: Begin | Advance | Candidates | End, num_bytes: int) -> None:
         """A frame of ``num_bytes`` came from the hub."""
         match message:
             case Begin(stream=stream, query=query):
@@ -78,19 +78,19 @@ class Ledger:
                     self._by_stream[stream] = account
                     account.num_open += 1
                 account.bytes_down += num_bytes
-            case Advance(stream=stream):
+            case Advance(stream=stream) | Candidates(stream=stream):
                 account = self._by_stream.get(stream)
                 if account is not None:
                     account.bytes_down += num_bytes
             case End():
                 self._end(message)
 
-    def sent(self, message: Delta | End, num_bytes: int) -> None:
+    def sent(self, message: Delta | Choice | End, num_bytes: int) -> None:
         """A frame of ``num_bytes`` went to the hub."""
         if isinstance(message, End):
             self._lose(message.stream, message.sentence)
         elif (account := self._by_stream.get(message.stream)) is not None:
-            account.num_deltas += 1
+            account.num_answers += 1
             account.bytes_up += num_bytes
 
     def detached(self) -> None:

@@ -51,7 +51,7 @@ def costeer_object(account: Account, worker: str, strength: float) -> dict[str, 
         "bytes_up": account.bytes_up,
         "bytes_down": account.bytes_down,
     }
-    if account.num_deltas == 0:  # then it is certain, whoever tells
+    if account.num_answers == 0:  # then it is certain, whoever tells
         found["tokens_steered"] = 0
     note = _note(account)
     return {**found, "note": note} if note else found
@@ -59,7 +59,7 @@ def costeer_object(account: Account, worker: str, strength: float) -> dict[str, 
 
 def _note(account: Account) -> str | None:
     why = f" ({account.why})" if account.why else ""
-    if account.num_deltas == 0 and not account.is_complete:
+    if account.num_answers == 0 and not account.is_complete:
         why = why or " (the server's hub asked it for nothing: is it the hub of this server?)"
         return f"no token was steered: the edge worker gave no delta{why}"
     if not account.is_complete:

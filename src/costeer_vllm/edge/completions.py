@@ -14,7 +14,7 @@ import httpx
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from costeer_vllm.edge.accounts import Account, Ledger
+from costeer_vllm.edge.accounts import Account, Accounts
 from costeer_vllm.edge.answers import Events, GatewayError, costeer_event, costeer_object, event_data, is_done, with_costeer
 from costeer_vllm.edge.asks import Ask, parse_ask
 from costeer_vllm.edge.context import ContextRefused, PrivateContexts
@@ -36,7 +36,7 @@ class Device:
     steering_key: str | None
     max_streams: int
     steerable: Callable[[], PrivateContexts | None]  # the contexts while the edge worker is attached to its hub
-    ledger: Ledger
+    accounts: Accounts
     upstream: Upstream
     patience: Patience
     num_taken: int = 0  # places: one for a request that is being read, then one for every stream of it
@@ -83,7 +83,7 @@ class Completions:
             sentence = "the edge worker is not attached to its hub (see its log), so it cannot steer: try again, or ask with "
             raise GatewayError(503, "not_attached", f'{sentence}"costeer": false for the plain answer')
         more = device.places(ask.num_streams - 1)
-        with more, _ref(contexts, ask.context) as ref, device.ledger.account(ref, ask.num_streams) as account:
+        with more, _ref(contexts, ask.context) as ref, device.accounts.account(ref, ask.num_streams) as account:
             body = ask.steered(device.worker, device.steering_key, ref)
             return await self._relay(headers, body, reply, lambda: self._costeer(account, ask))
 

@@ -6,9 +6,10 @@ it may hold a part of the private context.
 
 import contextlib
 import logging
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from costeer_vllm.delta import encode_lossless, encode_sparse
 from costeer_vllm.edge.context import ChoosingFailed, PrivateContexts
@@ -21,6 +22,8 @@ from costeer_vllm.edge.streams import Answer, Failure, Order, Result
 from costeer_vllm.protocol.messages import EndReason
 
 NO_CONTEXT = "the edge worker does not have, or cannot read any more, the private context that is asked for"
+
+LogProbs: TypeAlias = npt.NDArray[np.float32]  # [vocab], nats
 
 log = logging.getLogger("costeer.edge")
 
@@ -132,18 +135,21 @@ class Evaluator:
     def _step(self, serials: list[int]) -> list[Result]:
         serials = sorted(serials, key=lambda serial: self._pairs[serial].with_context.index)
         log_with, log_without = self._model.step([self._pairs[serial] for serial in serials])
-        if self._encoding == "lossless":
-            deltas = (log_with - log_without).cpu().numpy()
-            return [self._answer(serial, delta, delta) for serial, delta in zip(serials, deltas, strict=True)]
         rows = zip(serials, log_with.cpu().numpy(), log_without.cpu().numpy(), strict=True)
         return [self._answer(serial, with_context, without_context) for serial, with_context, without_context in rows]
 
-    def _answer(self, serial: int, with_context: Any, without_context: Any) -> Result:
+    def _answer(self, serial: int, with_context: LogProbs, without_context: LogProbs) -> Result:
         if np.isnan(with_context.sum()) or np.isnan(without_context.sum()):
             return self._give_up(serial, "failed", "the small model of the edge worker gives no numbers")
         order = self._asked.pop(serial)
-        payload = encode_lossless(with_context) if self._encoding == "lossless" else encode_sparse(with_context, without_context)
-        return Answer(serial, order.position, order.prefix_hash, payload)
+        return Answer(serial, order.position, order.prefix_hash, self._delta(order, with_context, without_context))
+
+    def _delta(self, order: Order, with_context: LogProbs, without_context: LogProbs) -> bytes | LogProbs:
+        if order.fusion == "cloud" and self._encoding == "sparse":
+            return encode_sparse(with_context, without_context)
+        with np.errstate(invalid="ignore"):  # -inf - -inf
+            delta = with_context - without_context
+        return encode_lossless(delta) if order.fusion == "cloud" else delta
 
     def _give_up(self, serial: int, reason: EndReason, sentence: str) -> Failure:
         self._asked.pop(serial, None)

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from costeer_vllm import __version__
-from costeer_vllm.edge.accounts import Ledger
+from costeer_vllm.edge.accounts import Accounts
 from costeer_vllm.edge.answers import UNREADABLE, GatewayError
 from costeer_vllm.edge.asks import ALIAS_SUFFIX
 from costeer_vllm.edge.completions import Completions, Device
@@ -45,12 +45,12 @@ class Gateway:
         self,
         settings: EdgeSettings,
         steerable: Callable[[], PrivateContexts | None],
-        ledger: Ledger,
+        accounts: Accounts,
         patience: Patience | None = None,
     ) -> None:
         """Takes the address, so that another program's use of it is told at once.
 
-        ``steerable``: the contexts while the worker is attached to its hub. ``ledger``: sees all of its frames.
+        ``steerable``: the contexts while the worker is attached to its hub. ``accounts``: sees all of its frames.
 
         Raises:
             InvalidParameter: if the address cannot be used.
@@ -61,7 +61,7 @@ class Gateway:
         passes_app_key = self._settings.key is None  # else it is ours
         self._upstream = Upstream(self._settings.server, self._settings.server_key, passes_app_key, patience)
         self._device = Device(
-            settings.name, settings.steering_key, settings.max_streams, steerable, ledger, self._upstream, patience
+            settings.name, settings.steering_key, settings.max_streams, steerable, accounts, self._upstream, patience
         )
 
     @property

@@ -1,5 +1,6 @@
 """How an edge worker is started."""
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias, get_args
@@ -7,6 +8,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from costeer_vllm.addresses import is_loopback
 from costeer_vllm.errors import InvalidParameter
+from costeer_vllm.protocol.messages import Fusion
 
 Encoding: TypeAlias = Literal["lossless", "sparse"]  # of a delta: see delta.py
 DType: TypeAlias = Literal["auto", "float32", "bfloat16"]
@@ -65,6 +67,8 @@ class EdgeSettings:
     max_streams: int = 64
     threads: int | None = None
     gateway: GatewaySettings | None = None
+    tokens_only: bool = False  # no delta ever leaves this device: edge fusion or none
+    max_bits: float | None = None  # what a request's answer may tell at the most, whatever it asks for: edge fusion only
 
     def __post_init__(self) -> None:
         attach_url(self.hub)
@@ -82,6 +86,13 @@ class EdgeSettings:
             raise InvalidParameter("max_streams", self.max_streams, "from 1 to 4096")
         if self.threads is not None and self.threads < 1:
             raise InvalidParameter("threads", self.threads, "1 or more")
+        if self.max_bits is not None and not (self.tokens_only and 0 <= self.max_bits < math.inf):
+            raise InvalidParameter("max_bits", self.max_bits, "a number of bits, 0 or more, and given with --tokens-only")
+
+    @property
+    def fusions(self) -> tuple[Fusion, ...]:
+        """What this device consents to, what it prefers first."""
+        return ("edge",) if self.tokens_only else ("cloud", "edge")
 
 
 def attach_url(hub: str) -> str:

@@ -2,20 +2,29 @@
 
 No socket, no clock (``now`` is passed in, in seconds), no model. Messages go in with ``feed``; orders for the evaluator come out
 of ``take_orders``. Frames that come faster than the small model can answer melt into one order per stream: the newest prefix is
-the one that counts, and nothing grows but the generated ids of the open streams.
+the one that counts, and nothing grows but the generated ids of the open streams. Deltas for edge fusion come
+back here (``answered``), and leave as choices.
 """
 
+import secrets
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
+from costeer_vllm.edge.choices import Chooser, chooser
+from costeer_vllm.edge.disclosure import Disclosures
+from costeer_vllm.errors import InvalidCandidates, InvalidParameter
 from costeer_vllm.protocol import keys
-from costeer_vllm.protocol.messages import Advance, Begin, End, EndReason, Query
+from costeer_vllm.protocol.messages import Advance, Begin, Candidates, Choice, Delta, End, EndReason, Fusion, Query
 from costeer_vllm.protocol.stream import extend_hash
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Bring a stream to a prefix and answer its delta: keep the first ``keep`` generated ids, append ``tokens``."""
+    """Bring a stream to a prefix and tell its delta: keep the first ``keep`` generated ids, append ``tokens``."""
 
     serial: int
     keep: int
@@ -23,16 +32,17 @@ class Order:
     position: int
     prefix_hash: int
     query: Query | None = None  # of a new stream
+    fusion: Fusion = "cloud"
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The delta of one prefix of a stream."""
+    """The delta of one prefix of a stream: as it will be sent or, of an edge-fused stream, as it must stay here."""
 
     serial: int
     position: int
     prefix_hash: int
-    payload: bytes
+    delta: bytes | npt.NDArray[np.float32]  # a payload; or [vocab], nats
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +62,7 @@ class _Stream:
     name: str
     serial: int  # never used twice, unlike the name
     query: Query | None  # None once it is ordered
+    chooser: Chooser | None  # None: cloud fusion
     seen: float  # last frame
     tokens: list[int] = field(default_factory=list)  # generated
     hashes: list[int] = field(default_factory=lambda: [0])  # hashes[i]: of the first i tokens
@@ -61,9 +72,20 @@ class _Stream:
 class Streams:
     """The open streams of one attachment, at most ``limit``."""
 
-    def __init__(self, worker: str, num_tokens: int, max_positions: int, limit: int, steering_key: str | None) -> None:
+    def __init__(
+        self,
+        worker: str,
+        num_tokens: int,
+        max_positions: int,
+        limit: int,
+        steering_key: str | None,
+        fusions: Collection[Fusion] = ("cloud", "edge"),
+        disclosures: Disclosures | None = None,
+    ) -> None:
         """``num_tokens``: ids are below it. ``steering_key``: a Begin must then carry the grant that fits it."""
         self._worker, self._num_tokens, self._max_positions, self._limit = worker, num_tokens, max_positions, limit
+        self._fusions, self._disclosures = fusions, disclosures or Disclosures()
+        self._secret = secrets.token_bytes(32)  # see choices.chooser
         self._digest = keys.key_digest(steering_key) if steering_key is not None else None
         self._by_name: dict[str, _Stream] = {}
         self._by_serial: dict[int, _Stream] = {}
@@ -79,18 +101,15 @@ class Streams:
         """Streams that wait for a delta that is not ordered yet."""
         return len(self._asked)
 
-    @property
-    def has_news(self) -> bool:
-        """Whether there is something to tell the evaluator."""
-        return bool(self._asked or self._closed)
-
-    def feed(self, message: Begin | Advance | End, now: float) -> End | None:
-        """Take a message from the hub; returns the End to answer with if the stream cannot go on."""
+    def feed(self, message: Begin | Advance | Candidates | End, now: float) -> Choice | End | None:
+        """Take a message from the hub; returns what to answer at once: a choice, or the End of a stream that cannot go on."""
         match message:
             case Begin():
                 return self._begin(message, now)
             case Advance():
                 return self._advance(message, now)
+            case Candidates():
+                return self._offer(message, now)
             case End():
                 self._close(message.stream)
         return None
@@ -100,18 +119,25 @@ class Streams:
         orders = []
         for stream in self._asked.values():
             tokens, query = tuple(stream.tokens[stream.kept :]), stream.query
-            orders.append(Order(stream.serial, stream.kept, tokens, len(stream.tokens), stream.hashes[-1], query))
+            fusion: Fusion = "cloud" if stream.chooser is None else "edge"
+            orders.append(Order(stream.serial, stream.kept, tokens, len(stream.tokens), stream.hashes[-1], query, fusion))
             stream.kept, stream.query = len(stream.tokens), None
         closed = self._closed
         self._asked, self._closed = {}, []
         return orders, closed
 
-    def awaits(self, serial: int, position: int, prefix_hash: int) -> str | None:
-        """The name of the stream if the delta of this prefix is still the newest it asked for."""
-        stream = self._by_serial.get(serial)
-        if stream is None or serial in self._asked:
+    def answered(self, answer: Answer) -> Delta | Choice | End | None:
+        """What goes out for an answer: nothing if its prefix is no longer the newest, or its candidates are not there yet."""
+        stream = self._by_serial.get(answer.serial)
+        if stream is None or answer.serial in self._asked or not _stands_at(stream, answer.position, answer.prefix_hash):
             return None
-        return stream.name if (len(stream.tokens), stream.hashes[-1]) == (position, prefix_hash) else None
+        if isinstance(answer.delta, bytes):
+            return Delta(stream.name, answer.position, answer.prefix_hash, answer.delta)
+        assert stream.chooser is not None
+        try:
+            return stream.chooser.weighed(answer.position, answer.prefix_hash, answer.delta)
+        except InvalidCandidates as error:
+            return self._end(stream.name, "failed", str(error))
 
     def fail(self, serial: int, reason: EndReason, sentence: str) -> End | None:
         """Close a stream that the evaluator gave up and forgot; returns the End to send, None if it was over anyway."""
@@ -138,10 +164,17 @@ class Streams:
             return End(begin.stream, "failed", "the query must be exactly one of messages, a prompt and prompt ids")
         if not self._are_known(begin.tokens) or not self._are_known(begin.query.prompt_ids or []):
             return End(begin.stream, "failed", self._unknown)
+        fusion: Fusion = "cloud" if begin.sampling is None else "edge"
+        if fusion not in self._fusions:
+            return End(begin.stream, "refused", f"this edge worker does not consent to {fusion} fusion")
         if len(self._by_name) >= self._limit:
             return End(begin.stream, "overloaded", f"this edge worker serves at most {self._limit} streams at a time")
+        try:
+            chooses = None if begin.sampling is None else self._chooser(begin)
+        except InvalidParameter as error:
+            return End(begin.stream, "failed", str(error))
         self._last_serial += 1
-        stream = _Stream(begin.stream, self._last_serial, begin.query, now)
+        stream = _Stream(begin.stream, self._last_serial, begin.query, chooses, now)
         _append(stream, begin.tokens)
         self._by_name[stream.name] = self._by_serial[stream.serial] = self._asked[stream.serial] = stream
         return None
@@ -171,6 +204,25 @@ class Streams:
         stream.seen = now
         self._asked[stream.serial] = stream
         return None
+
+    def _chooser(self, begin: Begin) -> Chooser:
+        assert begin.sampling is not None
+        disclosure = self._disclosures.of(begin.request, begin.query.ref, begin.sampling.max_bits)
+        return chooser(begin, disclosure, self._secret)
+
+    def _offer(self, candidates: Candidates, now: float) -> Choice | End | None:
+        stream = self._by_name.get(candidates.stream)
+        if stream is None:
+            return End(candidates.stream, "unknown_stream", "this edge worker does not know the stream")
+        if stream.chooser is None:
+            return self._end(stream.name, "failed", "candidates came for a stream that is fused in the cloud")
+        if not _stands_at(stream, candidates.position, candidates.prefix_hash):
+            return None  # late
+        stream.seen = now
+        try:
+            return stream.chooser.offered(candidates)
+        except InvalidCandidates as error:
+            return self._end(stream.name, "failed", str(error))
 
     def _are_known(self, tokens: list[int]) -> bool:
         return not tokens or max(tokens) < self._num_tokens
@@ -202,6 +254,10 @@ def _append(stream: _Stream, tokens: list[int]) -> None:
 def _truncate(stream: _Stream, length: int) -> None:
     del stream.tokens[length:], stream.hashes[length + 1 :]
     stream.kept = min(stream.kept, length)
+
+
+def _stands_at(stream: _Stream, position: int, prefix_hash: int) -> bool:
+    return (len(stream.tokens), stream.hashes[-1]) == (position, prefix_hash)
 
 
 def _num_forms(query: Query) -> int:

@@ -1,4 +1,4 @@
-"""The edge worker: attaches to the hub, keeps attached, and answers what the engine asks with deltas.
+"""The edge worker: attaches to the hub, keeps attached, and answers the engine with deltas or, in edge fusion, with tokens.
 
 The event loop reads frames into ``Streams`` and writes frames. The model thread evaluates one window at a time
 (``Evaluator.turn``), so that the socket stays responsive. Between the two go, per window, one list of orders and one of results.
@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, TypeVar
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
-from costeer_vllm.edge.accounts import Ledger
+from costeer_vllm.edge.accounts import Accounts
 from costeer_vllm.edge.context import PrivateContexts
+from costeer_vllm.edge.disclosure import Disclosures
 from costeer_vllm.edge.loading import load
 from costeer_vllm.edge.prompts import where
 from costeer_vllm.edge.settings import EdgeSettings, attach_url
@@ -38,6 +39,8 @@ from costeer_vllm.protocol.messages import (
     Attach,
     Attached,
     Begin,
+    Candidates,
+    Choice,
     Delta,
     End,
     HubToEdge,
@@ -93,7 +96,8 @@ class EdgeWorker:
         self._stopping = asyncio.Event()
         self._attached_at: float | None = None
         self._steerable: PrivateContexts | None = None  # the contexts, while attached
-        self._ledger = Ledger()
+        self._accounts = Accounts()
+        self._disclosures = Disclosures(settings.max_bits)
         self._turn_s = 0.0  # how long the last window of next ids took
         self._evaluator: Evaluator  # with the next three from the moment on when the model is loaded
         self._contexts: PrivateContexts
@@ -124,7 +128,7 @@ class EdgeWorker:
             return
         from costeer_vllm.edge.gateway import Gateway
 
-        with contextlib.closing(Gateway(self._settings, lambda: self._steerable, self._ledger)) as gateway:
+        with contextlib.closing(Gateway(self._settings, lambda: self._steerable, self._accounts)) as gateway:
             yield gateway
 
     async def _load_and_attach(self) -> None:
@@ -132,7 +136,13 @@ class EdgeWorker:
         loaded = await self._in_thread(lambda: load(settings))
         self._evaluator, self._contexts = loaded.evaluator, loaded.contexts
         self._streams = Streams(
-            settings.name, loaded.num_tokens, loaded.max_positions, settings.max_streams, settings.steering_key
+            settings.name,
+            loaded.num_tokens,
+            loaded.max_positions,
+            settings.max_streams,
+            settings.steering_key,
+            settings.fusions,
+            self._disclosures,
         )
         self._attach = _attach(settings, self._instance, loaded.vocabulary)
         await self._keep_attached()
@@ -192,7 +202,7 @@ class EdgeWorker:
                 await first_of(self._read(websocket), self._answer(websocket), self._expire(websocket))
             finally:
                 self._steerable = None
-                self._ledger.detached()
+                self._accounts.detached()
                 self._streams.clear()
                 await self._turn()
 
@@ -215,11 +225,9 @@ class EdgeWorker:
         malformed = 0
         async for frame in websocket:
             message = _decode(frame)
-            if isinstance(message, (Begin, Advance, End)):
-                self._ledger.received(message, len(frame))
-                end = self._streams.feed(message, time.monotonic())
-                if end is not None:
-                    await self._refuse(websocket, end)
+            if isinstance(message, (Begin, Advance, Candidates, End)):
+                self._accounts.received(message, len(frame))
+                await self._send_if_any(websocket, self._streams.feed(message, time.monotonic()))
                 self._news.set()
                 continue
             malformed += 1
@@ -249,7 +257,7 @@ class EdgeWorker:
         while True:
             await asyncio.sleep(IDLE_S / 20)
             for end in self._streams.expire(time.monotonic() - IDLE_S):
-                await self._refuse(websocket, end)
+                await self._send_if_any(websocket, end)
                 self._news.set()
 
     async def _turn(self) -> list[Result]:
@@ -272,23 +280,22 @@ class EdgeWorker:
 
     async def _send_result(self, websocket: ClientConnection, result: Result) -> None:
         match result:
-            case Answer(serial, position, prefix_hash, payload):
-                name = self._streams.awaits(serial, position, prefix_hash)
-                if name is not None:
-                    await self._send(websocket, Delta(name, position, prefix_hash, payload))
+            case Answer():
+                await self._send_if_any(websocket, self._streams.answered(result))
             case Failure(serial, reason, sentence):
-                end = self._streams.fail(serial, reason, sentence)
-                if end is not None:
-                    await self._refuse(websocket, end)
+                await self._send_if_any(websocket, self._streams.fail(serial, reason, sentence))
 
-    async def _refuse(self, websocket: ClientConnection, end: End) -> None:
-        log.log(logging.DEBUG if end.reason == "unknown_stream" else logging.WARNING, "%s: %s", end.reason, end.sentence)
-        await self._send(websocket, end)
+    async def _send_if_any(self, websocket: ClientConnection, message: Delta | Choice | End | None) -> None:
+        if isinstance(message, End):
+            level = logging.DEBUG if message.reason == "unknown_stream" else logging.WARNING
+            log.log(level, "%s: %s", message.reason, message.sentence)
+        if message is not None:
+            await self._send(websocket, message)
 
-    async def _send(self, websocket: ClientConnection, message: Attach | Delta | End) -> None:
+    async def _send(self, websocket: ClientConnection, message: Attach | Delta | Choice | End) -> None:
         frame = encode(message)
         if not isinstance(message, Attach):
-            self._ledger.sent(message, len(frame))
+            self._accounts.sent(message, len(frame))
         await websocket.send(frame)
         if self._on_frame_sent is not None:
             self._on_frame_sent(frame)
@@ -335,6 +342,7 @@ def _attach(settings: EdgeSettings, instance: str, vocabulary: Vocabulary) -> At
         attach_key=settings.attach_key,
         key_digest=keys.key_digest(settings.steering_key) if settings.steering_key is not None else None,
         max_streams=settings.max_streams,
+        fusions=settings.fusions,
     )
 
 

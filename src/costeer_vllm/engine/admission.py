@@ -50,6 +50,10 @@ class Permission:
                 on_missing=options.on_missing,
                 grant=grant,
                 confidence=options.confidence,
+                fusion=options.fusion,
+                candidates=options.candidates,
+                rounding=options.rounding,
+                max_bits=options.max_bits,
             )
         )
         parse_admitted(extra_args)
@@ -73,7 +77,8 @@ async def ask_permission(options: Options, user: str | None, vocabulary: Vocabul
 
 def _ask_permission(options: Options, user: str | None, vocabulary: Vocabulary) -> Permission:
     digest = None if options.key is None else keys.key_digest(options.key)
-    question = Admit(PROTOCOL_VERSION, next(_tickets), vocabulary, options.worker, (user or "")[:512] or None, digest)
+    user = (user or "")[:512] or None
+    question = Admit(PROTOCOL_VERSION, next(_tickets), vocabulary, options.worker, user, digest, options.fusion)
     answer = admit(settings.hub_endpoint(), settings.attach_key(), question)
     if not isinstance(answer, Admitted):
         raise AdmissionRefused(f"costeer: {answer.sentence}")

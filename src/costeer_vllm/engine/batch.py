@@ -1,4 +1,4 @@
-"""From the deltas of one step to one batched addition."""
+"""From the answers of one step to the logits: one batched addition of the deltas, one fill for the chosen tokens."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,12 @@ from costeer_vllm.request import SteeringRequest
 def steer_batch(logits: torch.Tensor, rows: Mapping[int, SteeredStream]) -> None:
     """``logits[row] += strength * delta`` for every row whose stream has its delta; ``logits [num_rows, vocab]`` float32.
 
-    A row whose base policy is surer than its request's ``confidence`` keeps it.
+    A row whose base policy is surer than its request's ``confidence`` keeps it. A row whose token the edge worker chose is left
+    that token alone.
     """
-    dense = [(row, s.request, s.delta) for row, s in rows.items() if isinstance(s.delta, DenseDelta)]
-    sparse = [(row, s.request, s.delta) for row, s in rows.items() if isinstance(s.delta, SparseDelta)]
+    dense = [(row, s.request, s.answer) for row, s in rows.items() if isinstance(s.answer, DenseDelta)]
+    sparse = [(row, s.request, s.answer) for row, s in rows.items() if isinstance(s.answer, SparseDelta)]
+    chosen = [(row, s.answer) for row, s in rows.items() if isinstance(s.answer, int)]
     device = logits.device
     additions: list[tuple[torch.Tensor, torch.Tensor, Deltas]] = []  # all made before the first is applied: it is all or nothing
     if dense:
@@ -27,6 +29,10 @@ def steer_batch(logits: torch.Tensor, rows: Mapping[int, SteeredStream]) -> None
         additions.append((*_rows_and_strength(sparse, logits), _sparse(sparse, device)))
     for row_ids, strength, deltas in additions:
         steer_inplace(logits, row_ids, strength, deltas)
+    if chosen:
+        where = _to(torch.tensor(chosen, dtype=torch.int64), device)
+        logits[where[:, 0]] = -torch.inf
+        logits[where[:, 0], where[:, 1]] = 0.0
 
 
 def _rows_and_strength(

@@ -7,6 +7,7 @@
     front end   {ChatCompletion,Completion,Responses}Request
                 .to_sampling_params                                what was admitted goes into extra_args
     front end   RequestLogger.log_request_body                     a steering key stands in no log
+    worker, V1  GPUModelRunner._sample                             which rows are chunks of an unfinished prefill
     worker, V2  RequestState.add_request, .remove_request          who sits in which slot, and when they leave
 
 A symbol that is gone or has lost a parameter we use stops a server that names costeer at start, with a sentence. A server that
@@ -45,6 +46,12 @@ def watch_request_states() -> None:
     parameters = ["req_id", "prompt_len", "all_token_ids"]
     _wrap("vllm.v1.worker.gpu.states", "RequestState", "add_request", parameters, _add_request)
     _wrap("vllm.v1.worker.gpu.states", "RequestState", "remove_request", ["req_id"], _remove_request)
+    _raise_problems()
+
+
+def watch_prefill_chunks() -> None:
+    """Let the processor know which rows choose no token; called by the worker that builds it for runner V1."""
+    _wrap("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_sample", ["logits"], _sample)
     _raise_problems()
 
 
@@ -263,6 +270,18 @@ class _as_bad_request:
             from vllm.exceptions import VLLMValidationError
 
             raise VLLMValidationError(str(error), parameter=NAME) from None
+
+
+# Worker, runner V1
+
+
+def _sample(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
+    batch = runner.input_batch
+    is_unfinished = runner.discard_request_mask.np[: batch.num_reqs]
+    for processor in batch.logitsprocs.non_argmax_invariant:
+        if hasattr(processor, "unfinished_rows"):
+            processor.unfinished_rows = frozenset(is_unfinished.nonzero()[0].tolist())
+    return original(runner, *args, **kwargs)
 
 
 # Worker, Model Runner V2

@@ -20,6 +20,7 @@ from costeer_vllm.protocol.messages import (
     Admitted,
     Advance,
     Begin,
+    Candidates,
     End,
     HubToEngine,
     Join,
@@ -76,7 +77,7 @@ class HubLink:
         """Introduce this engine to the hub, at start and whenever a hub that restarted does not know it."""
         self.send(Join(PROTOCOL_VERSION))
 
-    def send(self, message: Join | Begin | Advance | End) -> bool:
+    def send(self, message: Join | Begin | Advance | Candidates | End) -> bool:
         """Queue a message. False, and counted, if it is dropped: the hub has not taken the last 10,000, or would not take it."""
         try:
             frame = encode(message)

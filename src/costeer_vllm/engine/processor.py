@@ -2,7 +2,8 @@
 
 Runner V1 calls ``update_state`` before and ``apply(logits)`` after the forward pass; Model Runner V2 calls ``add_request``,
 ``apply_staged_writes`` and ``apply(logits, ctx)``. Either way a token goes out as soon as the runner shows it, the two models
-run side by side, and the wait for the delta happens in ``apply``. Under tensor parallelism rank 0 talks to the hub and
+run side by side, and the wait for the delta happens in ``apply``; an edge-fused row is shown to its edge worker there, and waits
+for the token that comes back. Under tensor parallelism rank 0 talks to the hub and
 broadcasts what it got, so that all ranks add the same delta in the same step.
 
 An exception in one of these hooks would end vLLM's engine, so every one of them is total: see ``_total``.
@@ -11,8 +12,8 @@ An exception in one of these hooks would end vLLM's engine, so every one of them
 import atexit
 import functools
 import logging
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import zmq
@@ -22,16 +23,28 @@ from vllm.v1.sample.logits_processor.interface import LogitsProcessor as LogitsP
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
+from costeer_vllm.candidates import encode_candidates
 from costeer_vllm.engine import hooks, settings
 from costeer_vllm.engine.batch import steer_batch
 from costeer_vllm.engine.link import HubLink
+from costeer_vllm.engine.offers import Penalties, base_policies
 from costeer_vllm.engine.ranks import Ranks
 from costeer_vllm.engine.slots import Slots, TokenReader
 from costeer_vllm.engine.streams import SteeredStream, StreamTable
 from costeer_vllm.errors import HubUnavailable
+from costeer_vllm.protocol.messages import Sampling
 from costeer_vllm.request import SteeringRequest, parse_admitted
 
 logger = logging.getLogger("vllm.costeer")  # below vLLM's own logger: its handlers, its level
+
+
+class _Row(NamedTuple):
+    """A row of runner V1's batch."""
+
+    stream: SteeredStream
+    output_ids: list[int]  # the runner's own list
+    penalties: Penalties
+
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -62,12 +75,15 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
         self._ranks = Ranks()
         self._vocab_size: int = vllm_config.model_config.get_vocab_size()
         self._table: StreamTable | None = None
-        self._rows: dict[int, tuple[SteeredStream, list[int]]] = {}  # V1: row -> stream, the runner's list of output ids
+        self._rows: dict[int, _Row] = {}  # V1
+        self.unfinished_rows: frozenset[int] = frozenset()  # V1: in this step chunks of prefills, as hooks.py sees them
         self._slots: Slots | None = None
         if hasattr(where, "all_token_ids"):
             hooks.watch_request_states()
             self._slots = Slots(where, on_vacated=self._vacate)
             self._reader = TokenReader(where)
+        else:
+            hooks.watch_prefill_chunks()
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -95,10 +111,11 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
         # ``removed`` does not list a row whose place an added or moved request takes in the same update.
         for row in update.removed:
             self._end_row(row)
-        for row, params, _, output_ids in update.added:
+        for row, params, prompt_ids, output_ids in update.added:
             self._end_row(row)
             if (request := _steering_request_or_none(params)) is not None:
-                self._rows[row] = self._begin(request, output_ids, _stop_ids(params)), output_ids
+                stream = self._begin(request, output_ids, _stop_ids(params), _sampling(request, params))
+                self._rows[row] = _Row(stream, output_ids, _penalties(params, prompt_ids))
         for source, target, direction in update.moved:
             moved, displaced = self._rows.pop(source, None), self._rows.pop(target, None)
             if moved is not None:
@@ -106,20 +123,21 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
             if displaced is not None and direction == MoveDirectionality.SWAP:
                 self._rows[source] = displaced
             elif displaced is not None:
-                self._end(*displaced)
+                self._end(displaced)
 
     def _end_row(self, row: int) -> None:
         if (entry := self._rows.pop(row, None)) is not None:
-            self._end(*entry)
+            self._end(entry)
 
-    def _end(self, stream: SteeredStream, output_ids: list[int]) -> None:
-        self._streams().end(stream, "finished", max(0, len(output_ids) - stream.position))
+    def _end(self, entry: _Row) -> None:
+        self._streams().end(entry.stream, "finished", max(0, len(entry.output_ids) - entry.stream.position))
 
     def _advance_rows(self) -> None:
-        for row, (stream, output_ids) in list(self._rows.items()):
+        for row, (stream, output_ids, penalties) in list(self._rows.items()):
             if len(output_ids) < stream.position:  # the runner took tokens back: their KV cache could not be loaded
                 self._streams().end(stream, "preempted", 0)
-                self._rows[row] = self._begin(stream.request, output_ids, stream.stop_ids), output_ids
+                again = self._begin(stream.request, output_ids, stream.stop_ids, stream.sampling)
+                self._rows[row] = _Row(again, output_ids, penalties)
             # Under async scheduling the newest id is a placeholder (-1) until the runner has copied it to the host.
             elif (tokens := output_ids[stream.position :]) and -1 not in tokens:
                 self._streams().advance(stream, tokens)
@@ -135,7 +153,8 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
             return False
         assert self._slots is not None
         output_ids = self._slots.arrived_output(req_idx)
-        self._slots.streams[req_idx] = self._begin(request, output_ids, _stop_ids(sampling_params))
+        sampling = _sampling(request, sampling_params)
+        self._slots.streams[req_idx] = self._begin(request, output_ids, _stop_ids(sampling_params), sampling)
         return True
 
     @_total(lambda self: self._given_up(None))
@@ -161,19 +180,42 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
 
     @_total(lambda self, logits, ctx=None: self._given_up(logits))
     def apply(self, logits: torch.Tensor, ctx: LogitsContext | None = None) -> torch.Tensor:
-        """Steer ``logits [rows, vocab]`` in place: wait for the deltas of this step, then one batched addition."""
+        """Steer ``logits [rows, vocab]`` in place: wait for the answers of this step, then one batched addition."""
         rows = self._rows_v1() if ctx is None else self._rows_v2(ctx)
         if rows:
             streams = list(rows.values())
+            if self._ranks.is_first:
+                self._offer(logits, rows)
             self._streams().collect(streams)
             self._ranks.agree(self._streams(), streams)
             steer_batch(logits, rows)
         return logits
 
+    def _offer(self, logits: torch.Tensor, rows: Mapping[int, SteeredStream]) -> None:
+        """Show the edge-fused streams their candidates."""
+        asking = {row: stream for row, stream in rows.items() if stream.sampling is not None}
+        if not asking:
+            return
+        shown = torch.stack([self._penalized(row, logits[row]) for row in asking])
+        counts = [stream.request.candidates for stream in asking.values()]
+        for stream, policy in zip(asking.values(), base_policies(shown, counts), strict=True):
+            if policy is not None:
+                self._streams().offer(stream, encode_candidates(policy, stream.request.rounding))
+
+    def _penalized(self, row: int, logits: torch.Tensor) -> torch.Tensor:
+        """``logits [vocab]`` as they will be sampled from; Model Runner V2 has seen to it before."""
+        entry = self._rows.get(row)
+        return logits if entry is None or entry.penalties.is_neutral else entry.penalties.applied(logits, entry.output_ids)
+
     def _rows_v1(self) -> dict[int, SteeredStream]:
         self._advance_rows()
-        # A row whose newest ids are not known yet has no delta: that of a shorter prefix is none of its own.
-        return {row: stream for row, (stream, output_ids) in sorted(self._rows.items()) if len(output_ids) == stream.position}
+        # A row whose newest ids are not known yet has no answer: that of a shorter prefix is none of its own. A chunk of an
+        # unfinished prefill chooses no token.
+        return {
+            row: stream
+            for row, (stream, output_ids, _) in sorted(self._rows.items())
+            if len(output_ids) == stream.position and row not in self.unfinished_rows
+        }
 
     def _rows_v2(self, ctx: LogitsContext) -> dict[int, SteeredStream]:
         assert self._slots is not None
@@ -188,9 +230,11 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
             atexit.register(self._table.leave)
         return self._table
 
-    def _begin(self, request: SteeringRequest, output_ids: list[int], stop_ids: frozenset[int]) -> SteeredStream:
+    def _begin(
+        self, request: SteeringRequest, output_ids: list[int], stop_ids: frozenset[int], sampling: Sampling | None
+    ) -> SteeredStream:
         known = output_ids[: output_ids.index(-1)] if -1 in output_ids else output_ids
-        return self._streams().begin(request, known, stop_ids)
+        return self._streams().begin(request, known, stop_ids, sampling)
 
     def _given_up(self, result: T) -> T:
         if self._table is not None:
@@ -225,3 +269,22 @@ def _steering_request_or_none(params: SamplingParams) -> SteeringRequest | None:
 
 def _stop_ids(params: SamplingParams) -> frozenset[int]:
     return frozenset((params.stop_token_ids or ()) if params.ignore_eos else params.all_stop_token_ids)
+
+
+def _sampling(request: SteeringRequest, params: SamplingParams) -> Sampling | None:
+    """How an edge worker shall draw the request's tokens; None in cloud fusion."""
+    if request.fusion == "cloud":
+        return None
+    return Sampling(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=max(0, params.top_k),
+        min_p=params.min_p,
+        seed=params.seed,
+        confidence=request.confidence,
+        max_bits=request.max_bits,
+    )
+
+
+def _penalties(params: SamplingParams, prompt_ids: Sequence[int] | None) -> Penalties:
+    return Penalties(prompt_ids or (), params.repetition_penalty, params.frequency_penalty, params.presence_penalty)

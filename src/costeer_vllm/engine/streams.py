@@ -10,10 +10,24 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from costeer_vllm.candidates import decode_candidates
 from costeer_vllm.delta import DenseDelta, SparseDelta, decode
 from costeer_vllm.engine.link import HubLink
 from costeer_vllm.errors import InvalidDelta
-from costeer_vllm.protocol.messages import Admitted, Advance, Begin, Delta, End, EndReason, HubToEngine, Joined, Refused
+from costeer_vllm.protocol.messages import (
+    Admitted,
+    Advance,
+    Begin,
+    Candidates,
+    Choice,
+    Delta,
+    End,
+    EndReason,
+    HubToEngine,
+    Joined,
+    Refused,
+    Sampling,
+)
 from costeer_vllm.protocol.stream import Stream
 from costeer_vllm.request import SteeringRequest
 
@@ -29,10 +43,12 @@ class SteeredStream:
     id: str
     request: SteeringRequest
     stop_ids: frozenset[int]
+    sampling: Sampling | None = None  # edge fusion: how its tokens are drawn; None: cloud fusion
     protocol: Stream = field(default_factory=Stream)
     tokens: list[int] = field(default_factory=list)  # generated so far: what a hub that restarted must be told
-    payload: bytes | None = None  # of the delta for the current position, as it came
-    delta: DenseDelta | SparseDelta | None = None
+    offer: Candidates | None = None  # edge fusion: what the current position's token is chosen from
+    payload: bytes | None = None  # of the answer for the current position: a delta as it came, or the id of the chosen token
+    answer: DenseDelta | SparseDelta | int | None = None  # the same
     asked_at: float = 0.0  # seconds, monotonic
     silent: bool = False  # nothing has come in time since the last miss: not worth another wait
     closed_by: EndReason | None = None  # the edge or the hub ended it; its tokens are missed from there on
@@ -49,11 +65,11 @@ class SteeredStream:
     def begin(self) -> Begin:
         """The message that opens the stream at the tokens it has."""
         asks = self.request
-        return Begin(self.id, asks.request, asks.worker, asks.query, asks.strength, list(self.tokens), asks.grant)
+        return Begin(self.id, asks.request, asks.worker, asks.query, asks.strength, list(self.tokens), asks.grant, self.sampling)
 
     def wait_s(self, now: float) -> float:
-        """How long the current position may still wait for its delta, in seconds; 0 once it has it or has no hope."""
-        if self.delta is not None or self.closed_by is not None or self.silent:
+        """How long the current position may still wait for its answer, in seconds; 0 once it has it or has no hope."""
+        if self.answer is not None or self.closed_by is not None or self.silent:
             return 0.0
         return max(0.0, self.asked_at + self.request.deadline_ms / 1000 - now)
 
@@ -70,9 +86,11 @@ class StreamTable:
     def __len__(self) -> int:
         return len(self._streams)
 
-    def begin(self, request: SteeringRequest, tokens: Sequence[int], stop_ids: frozenset[int]) -> SteeredStream:
+    def begin(
+        self, request: SteeringRequest, tokens: Sequence[int], stop_ids: frozenset[int], sampling: Sampling | None = None
+    ) -> SteeredStream:
         """Open a stream whose generation stands at ``tokens`` (none at first; more when it resumes after preemption)."""
-        stream = SteeredStream(f"{request.request}.{uuid.uuid4().hex[:8]}", request, stop_ids, tokens=list(tokens))
+        stream = SteeredStream(f"{request.request}.{uuid.uuid4().hex[:8]}", request, stop_ids, sampling, tokens=list(tokens))
         self._streams[stream.id] = stream
         self._ask(stream, stream.begin())
         return stream
@@ -84,23 +102,38 @@ class StreamTable:
         self._settle(stream, len(tokens))
         stream.tokens += tokens
         message = stream.protocol.advance(stream.id, tokens)
-        stream.payload = stream.delta = None
+        stream.payload = stream.answer = stream.offer = None
         self._ask(stream, message)
 
+    def offer(self, stream: SteeredStream, payload: bytes) -> None:
+        """Edge fusion: ask the edge worker to choose the current position's token among the candidates in ``payload``."""
+        if stream.offer is not None or stream.closed_by is not None or self._link is None:
+            return
+        stream.offer = Candidates(stream.id, stream.position, stream.protocol.prefix_hash, payload)
+        stream.asked_at = time.monotonic()
+        if not self._link.send(stream.offer):
+            stream.silent = True
+
     def collect(self, streams: Iterable[SteeredStream]) -> None:
-        """Wait until every one of ``streams`` has its delta or has waited long enough, all at the same time."""
+        """Wait until every one of ``streams`` has its answer or has waited long enough, all at the same time."""
         streams = list(streams)
         if self._link is not None:
             self._receive(0.0)
             while (wait_s := max((stream.wait_s(time.monotonic()) for stream in streams), default=0.0)) > 0:
                 self._receive(wait_s)
         for stream in streams:
-            stream.undecided = stream.delta is not None
-            stream.silent |= stream.delta is None
+            stream.undecided = stream.answer is not None
+            stream.silent |= stream.answer is None
 
     def adopt(self, stream: SteeredStream, payload: bytes | None) -> None:
         """Take over what rank 0 decided for the current position."""
-        stream.payload, stream.delta = payload, None if payload is None else decode(payload, self._vocab_size)
+        stream.payload = payload
+        if payload is None:
+            stream.answer = None
+        elif stream.sampling is None:
+            stream.answer = decode(payload, self._vocab_size)
+        else:
+            stream.answer = int.from_bytes(payload, "little")
 
     def end(self, stream: SteeredStream, reason: EndReason, num_chosen: int) -> None:
         """Close a stream and report its counts; ``num_chosen`` tokens were chosen, and kept, since the last advance."""
@@ -114,7 +147,7 @@ class StreamTable:
         self._link.send(End(stream.id, reason, "", stream.steered, stream.missed))
         if stream.missed or stream.invalid:
             why = f" (edge: {stream.closed_by})" if stream.closed_by else ""
-            bad = f", {stream.invalid} unusable deltas" if stream.invalid else ""
+            bad = f", {stream.invalid} unusable answers" if stream.invalid else ""
             logger.warning("stream %s by %s: %d tokens steered, %d missed%s%s",
                            stream.id, stream.request.worker, stream.steered, stream.missed, why, bad)  # fmt: skip
         else:
@@ -130,7 +163,7 @@ class StreamTable:
     def give_up(self) -> None:
         """Something failed, so it is not certain any more which delta belongs where: no token is steered from here on."""
         for stream in self._streams.values():
-            stream.payload = stream.delta = None
+            stream.payload = stream.answer = None
             stream.closed_by = "failed"
             stream.undecided = None if stream.undecided is None else False
 
@@ -153,7 +186,7 @@ class StreamTable:
             self._handle(message)
 
     def _handle(self, message: HubToEngine) -> None:
-        if isinstance(message, Delta):
+        if isinstance(message, (Delta, Choice)):
             self._take(message)
         elif isinstance(message, End):
             if stream := self._streams.get(message.stream):
@@ -175,23 +208,39 @@ class StreamTable:
         for stream in self._streams.values():
             asked_at = stream.asked_at
             self._ask(stream, stream.begin())
+            if stream.offer is not None and stream.closed_by is None:
+                self._link.send(stream.offer)
             stream.asked_at = asked_at  # its token has waited since then
 
-    def _take(self, message: Delta) -> None:
+    def _take(self, message: Delta | Choice) -> None:
         stream = self._streams.get(message.stream)
         if stream is None or stream.closed_by is not None:
             return
-        if not stream.protocol.wants(message):
+        is_late = not stream.protocol.wants(message)
+        if is_late and isinstance(message, Delta):
             return
-        stream.silent = False
+        stream.silent = False  # also by a late choice: where none is waited for, none can be in time
+        if is_late:
+            return
         try:
-            stream.delta = decode(message.payload, self._vocab_size)
+            stream.answer = self._delta(stream, message) if isinstance(message, Delta) else _choice(stream, message)
         except InvalidDelta as error:
-            # No other delta will come for this position: do not wait for one.
+            # No other answer will come for this position: do not wait for one.
             stream.invalid += 1
             stream.silent = True
             if stream.invalid == 1:  # a bad worker must not fill the log
                 logger.warning("stream %s: %s", stream.id, error)
             return
-        stream.payload = message.payload
+        stream.payload = message.payload if isinstance(message, Delta) else message.token.to_bytes(4, "little")
         stream.protocol.feed(message)
+
+    def _delta(self, stream: SteeredStream, message: Delta) -> DenseDelta | SparseDelta:
+        if stream.sampling is not None:
+            raise InvalidDelta("a delta came where a choice was asked for")
+        return decode(message.payload, self._vocab_size)
+
+
+def _choice(stream: SteeredStream, message: Choice) -> int:
+    if stream.offer is None or message.token not in decode_candidates(stream.offer.payload).ids:
+        raise InvalidDelta("a token was chosen that was not among the candidates")
+    return message.token

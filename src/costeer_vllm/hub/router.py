@@ -2,12 +2,13 @@
 
 The router is fed whole frames and answers with what to send, in order. A destination is an edge connection (an int, chosen by
 the owner of the sockets) or an engine identity (bytes, the ZeroMQ routing id); a frame of None closes the edge connection after
-all that was sent to it before. Begin, Advance, Delta and End are forwarded byte for byte.
+all that was sent to it before. Begin, Advance, Candidates, Delta, Choice and End are forwarded byte for byte.
 
 The life of a stream, seen from here:
 
     Begin from an engine             -> live: forwarded to the worker, which may answer with Deltas
     End from the engine              -> finished: forwarded, its counts are kept in a report
+    Candidates from the engine       -> forwarded to the worker, which may answer with a Choice
     End from the worker, or it left  -> orphan: the engine is told; kept without a worker until the engine's End brings the counts
     the engine left or fell silent   -> finished with reason engine_gone: the worker is told
 """
@@ -30,9 +31,12 @@ from costeer_vllm.protocol.messages import (
     Attach,
     Attached,
     Begin,
+    Candidates,
+    Choice,
     Delta,
     End,
     EndReason,
+    Fusion,
     Join,
     Joined,
     Message,
@@ -46,7 +50,7 @@ logger = logging.getLogger("costeer.hub")
 
 Destination: TypeAlias = int | bytes
 Send: TypeAlias = tuple[Destination, bytes | None]
-RefusedCode = Literal["version", "attach_key", "name_taken", "full", "worker", "steering_key", "join", "vocabulary"]
+RefusedCode = Literal["version", "attach_key", "name_taken", "full", "worker", "steering_key", "join", "vocabulary", "fusion"]
 
 MAX_NAMES_LISTED = 8
 MAX_SENTENCE = 1024  # characters, as in protocol.messages.Sentence
@@ -95,11 +99,10 @@ class HubStream:
     connection: int | None  # None: an orphan
     started: float
     seen: float  # last frame from the engine; of an orphan: when it became one
-    position: int = 0  # of the last Begin or Advance
     positions: int = 0  # asked: Begins and Advances
-    deltas: int = 0
-    bytes_up: int = 0  # edge worker -> engine: deltas
-    bytes_down: int = 0  # engine -> edge worker: Begin and Advance
+    answers: int = 0  # Deltas or Choices
+    bytes_up: int = 0  # edge worker -> engine: the same
+    bytes_down: int = 0  # engine -> edge worker: Begin, Advance and Candidates
     reason: EndReason | None = None  # why it is an orphan
 
 
@@ -114,7 +117,7 @@ class Report:
     started: float
     reason: EndReason
     positions: int
-    deltas: int
+    answers: int
     bytes_up: int
     bytes_down: int
     tokens_steered: int = 0
@@ -161,7 +164,7 @@ class StreamRow(TypedDict):
     tokens_steered: int
     tokens_missed: int
     positions: int
-    deltas: int
+    answers: int
     bytes_up: int
     bytes_down: int
 
@@ -218,8 +221,8 @@ class Router:
             return []
         if stream.connection != connection:
             raise RemoteProtocolError(f"{type(message).__name__} for a stream of another edge worker")
-        if isinstance(message, Delta):
-            return self._delta(stream, message, frame)
+        if isinstance(message, (Delta, Choice)):
+            return self._answer_of_edge(stream, message, frame)
         return self._edge_end(stream, message, frame, now)
 
     def edge_lost(self, connection: int, now: float) -> list[Send]:
@@ -270,10 +273,10 @@ class Router:
         sentence = f"worker is '{attach.worker}': another edge worker is attached under this name; stop it or choose another name"
         return Refused("name_taken", sentence)
 
-    def _delta(self, stream: HubStream, delta: Delta, frame: bytes) -> list[Send]:
-        stream.deltas += 1
+    def _answer_of_edge(self, stream: HubStream, answer: Delta | Choice, frame: bytes) -> list[Send]:
+        stream.answers += 1
         stream.bytes_up += len(frame)
-        self._count("to_engine", delta, frame)
+        self._count("to_engine", answer, frame)
         return [(stream.engine, frame)]
 
     def _edge_end(self, stream: HubStream, end: End, frame: bytes, now: float) -> list[Send]:
@@ -299,8 +302,8 @@ class Router:
         engine = self.engines.get(identity)
         if engine is None:
             return self._not_joined(identity, message)
-        if isinstance(message, Advance):
-            return self._advance(identity, message, frame, now)
+        if isinstance(message, (Advance, Candidates)):
+            return self._forward(identity, message, frame, now)
         if isinstance(message, Begin):
             return self._begin(identity, engine, message, frame, now)
         return self._engine_end(identity, message, frame)
@@ -331,7 +334,7 @@ class Router:
             return Refused("full", f"the hub holds {len(self.engines)} engines: use another hub or raise its limit")
         return Joined(f"costeer hub {__version__}")
 
-    def _not_joined(self, identity: bytes, message: Begin | Advance | End) -> list[Send]:
+    def _not_joined(self, identity: bytes, message: Begin | Advance | Candidates | End) -> list[Send]:
         self.totals.dropped["not_joined"] += 1
         if isinstance(message, End):
             self._add_late_counts(identity, message)  # its connection broke and is back
@@ -360,6 +363,8 @@ class Router:
             state = "missing" if admit.key_digest is None else "wrong"
             sentence = f"key is {state} for worker '{attach.worker}': pass the steering key that it was started with"
             return _refuse(admit, "steering_key", sentence)
+        if admit.fusion not in attach.fusions:
+            return _refuse(admit, "fusion", _no_consent(attach, admit.fusion))
         return Admitted(admit.ticket, attach.worker, attach.key_digest is not None)
 
     def _resolve(self, admit: Admit) -> Attachment | str:
@@ -410,22 +415,22 @@ class Router:
         assert attachment is not None  # else refused
         attachment.streams.add(begin.stream)
         stream.connection, stream.reason = attachment.connection, None
-        self._ask(sends, stream, begin, len(begin.tokens), frame)
+        self._ask(sends, stream, begin, frame)
         return sends
 
-    def _advance(self, identity: bytes, advance: Advance, frame: bytes, now: float) -> list[Send]:
+    def _forward(self, identity: bytes, message: Advance | Candidates, frame: bytes, now: float) -> list[Send]:
         sends: list[Send] = []
-        stream = self.streams.get(advance.stream)
+        stream = self.streams.get(message.stream)
         if stream is None:
             self.totals.dropped["unknown_stream"] += 1
-            self._send_engine(sends, identity, End(advance.stream, "unknown_stream", "the hub has no stream of this name"))
+            self._send_engine(sends, identity, End(message.stream, "unknown_stream", "the hub has no stream of this name"))
         elif stream.engine != identity:
             self.totals.dropped["foreign_stream"] += 1
         elif stream.connection is None:
             self.totals.dropped["late"] += 1  # it crossed our End
         else:
             stream.seen = now
-            self._ask(sends, stream, advance, advance.position, frame)
+            self._ask(sends, stream, message, frame)
         return sends
 
     def _engine_end(self, identity: bytes, end: End, frame: bytes) -> list[Send]:
@@ -454,10 +459,9 @@ class Router:
             self._end_edge(sends, stream, f"the engine was silent for {self.limits.stream_ttl_s:.0f} s")
         return sends
 
-    def _ask(self, sends: list[Send], stream: HubStream, message: Begin | Advance, position: int, frame: bytes) -> None:
+    def _ask(self, sends: list[Send], stream: HubStream, message: Begin | Advance | Candidates, frame: bytes) -> None:
         assert stream.connection is not None
-        stream.position = position
-        stream.positions += 1
+        stream.positions += not isinstance(message, Candidates)
         stream.bytes_down += len(frame)
         self._count("to_edge", message, frame)
         sends.append((stream.connection, frame))
@@ -497,7 +501,7 @@ class Router:
                 started=stream.started,
                 reason=reason,
                 positions=stream.positions,
-                deltas=stream.deltas,
+                answers=stream.answers,
                 bytes_up=stream.bytes_up,
                 bytes_down=stream.bytes_down,
                 tokens_steered=tokens_steered,
@@ -595,9 +599,17 @@ def version_sentence(peer: str, version: int) -> str:
 def _refuse_begin(begin: Begin, attachment: Attachment | None) -> End | None:
     if attachment is None:
         return End(begin.stream, "detached", f"worker is '{begin.worker}': no edge worker of that name is attached")
+    fusion: Fusion = "cloud" if begin.sampling is None else "edge"
+    if fusion not in attachment.attach.fusions:
+        return End(begin.stream, "refused", _no_consent(attachment.attach, fusion))
     if begin.stream in attachment.streams or len(attachment.streams) < attachment.attach.max_streams:
         return None
     return End(begin.stream, "overloaded", f"worker '{begin.worker}' already steers {len(attachment.streams)} streams, its most")
+
+
+def _no_consent(attach: Attach, fusion: Fusion) -> str:
+    """Also of a worker that is too old to know the word: it would answer with deltas where none may leave the device."""
+    return f"fusion is '{fusion}': worker '{attach.worker}' consents to {' and '.join(attach.fusions)} fusion only"
 
 
 def _refuse(admit: Admit, code: RefusedCode, sentence: str) -> Refused:
@@ -617,7 +629,7 @@ def _row(stream: HubStream | Report) -> StreamRow:
         tokens_steered=stream.tokens_steered if isinstance(stream, Report) else 0,
         tokens_missed=stream.tokens_missed if isinstance(stream, Report) else 0,
         positions=stream.positions,
-        deltas=stream.deltas,
+        answers=stream.answers,
         bytes_up=stream.bytes_up,
         bytes_down=stream.bytes_down,
     )

@@ -3,12 +3,13 @@
 Messages are tagged msgspec structs in msgpack, one per frame; nothing is ever pickled. Unknown fields are ignored and every
 field added later must have a default, so that old edge workers keep working; an unknown ``version`` is refused with a sentence.
 
-    edge worker  -> hub     Attach, Delta, End
-    hub          -> edge    Attached, Refused, Begin, Advance, End
-    engine       -> hub     Join, Admit, Begin, Advance, End
-    hub          -> engine  Joined, Admitted, Refused, Delta, End
+    edge worker  -> hub     Attach, Delta, Choice, End
+    hub          -> edge    Attached, Refused, Begin, Advance, Candidates, End
+    engine       -> hub     Join, Admit, Begin, Advance, Candidates, End
+    hub          -> engine  Joined, Admitted, Refused, Delta, Choice, End
 
-Begin, Advance, Delta and End are routed by their stream and forwarded byte for byte. No message has a field for private context,
+In cloud fusion a Begin and each Advance are answered with a Delta; in edge fusion they are not, but each Candidates is answered
+with a Choice. What belongs to a stream is routed by it and forwarded byte for byte. No message has a field for private context,
 but a query may name one that the edge worker keeps.
 """
 
@@ -19,6 +20,8 @@ import msgspec
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 4 * 2**20  # a lossless float32 delta over 152,064 entries takes 608,256 bytes
 MAX_QUERY_BYTES = 2**20
+MAX_CANDIDATES = 1024
+MAX_ROUNDING = 1.0  # nats: the step of a candidate's log-probability
 MAX_TOKENS = 2**17  # ids in one message: the longest replay
 
 Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._@:-]*\Z")]
@@ -32,6 +35,7 @@ TokenIds: TypeAlias = Annotated[list[TokenId], msgspec.Meta(max_length=MAX_TOKEN
 PrefixHash: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]  # 64 bits; see protocol/stream.py
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 Digest: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]  # SHA-256, hex
+Fusion: TypeAlias = Literal["cloud", "edge"]  # where the base policy and the delta meet: in the engine, or in the edge worker
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
@@ -62,6 +66,18 @@ class Query(msgspec.Struct, frozen=True, omit_defaults=True):
     ref: ContextRef | None = None  # which of the edge worker's contexts: a name without a meaning; None: the only one
 
 
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How an edge worker that fuses draws a token: vLLM's sampling parameters of the same names, and what limits steering."""
+
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    seed: int | None = None
+    confidence: float = 1.0  # as in the request
+    max_bits: float | None = None  # as in the request
+
+
 class Attach(Message, frozen=True):
     """An edge worker asks to serve under a name."""
 
@@ -73,6 +89,7 @@ class Attach(Message, frozen=True):
     attach_key: Key | None = None
     key_digest: Digest | None = None  # of the steering key, if the worker has one: see protocol/keys.py
     max_streams: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
+    fusions: Annotated[tuple[Fusion, ...], msgspec.Meta(min_length=1, max_length=2)] = ("cloud",)  # that it consents to
 
 
 class Attached(Message, frozen=True):
@@ -88,7 +105,7 @@ class Refused(Message, frozen=True):
     ``join`` answers any other message of an engine that the hub does not know (it restarted): Join again.
     """
 
-    code: Literal["version", "attach_key", "name_taken", "full", "worker", "steering_key", "join", "vocabulary"]
+    code: Annotated[str, msgspec.Meta(max_length=64)]  # the router's RefusedCode: newer hubs may know more
     sentence: Sentence
     ticket: Count = 0  # of the Admit that is refused
 
@@ -114,6 +131,7 @@ class Admit(Message, frozen=True):
     worker: Name | None = None  # None: the one named like ``user``, else the only one attached
     user: Annotated[str, msgspec.Meta(max_length=512)] | None = None
     key_digest: Digest | None = None  # of the key that the request presents
+    fusion: Fusion = "cloud"
 
 
 class Admitted(Message, frozen=True):
@@ -131,9 +149,10 @@ class Begin(Message, frozen=True):
     request: StreamId  # the client's request; its n > 1 children are streams of their own
     worker: Name
     query: Query
-    strength: float  # for the worker's own record; the engine applies it
+    strength: float  # c_T; in cloud fusion for the worker's own record, since the engine applies it
     tokens: TokenIds = []  # generated before, oldest first; position is their number
     grant: Digest | None = None  # see protocol/keys.py
+    sampling: Sampling | None = None  # None: cloud fusion
 
 
 class Advance(Message, frozen=True):
@@ -154,6 +173,24 @@ class Delta(Message, frozen=True):
     payload: Annotated[bytes, msgspec.Meta(max_length=MAX_FRAME_BYTES)]  # see delta.py
 
 
+class Candidates(Message, frozen=True):
+    """Edge fusion: the base policy's likeliest tokens at one prefix, of which the edge worker chooses one."""
+
+    stream: StreamId
+    position: Position
+    prefix_hash: PrefixHash
+    payload: Annotated[bytes, msgspec.Meta(max_length=MAX_FRAME_BYTES)]  # see candidates.py
+
+
+class Choice(Message, frozen=True):
+    """Edge fusion: the token for exactly one prefix. It is all that leaves the device."""
+
+    stream: StreamId
+    position: Position
+    prefix_hash: PrefixHash
+    token: TokenId
+
+
 EndReason = Literal["finished", "preempted", "detached", "engine_gone", "refused", "overloaded", "unknown_stream", "failed"]
 
 
@@ -167,10 +204,10 @@ class End(Message, frozen=True):
     tokens_missed: Count = 0
 
 
-EdgeToHub: TypeAlias = Attach | Delta | End
-HubToEdge: TypeAlias = Attached | Refused | Begin | Advance | End
-EngineToHub: TypeAlias = Join | Admit | Begin | Advance | End
-HubToEngine: TypeAlias = Joined | Admitted | Refused | Delta | End
+EdgeToHub: TypeAlias = Attach | Delta | Choice | End
+HubToEdge: TypeAlias = Attached | Refused | Begin | Advance | Candidates | End
+EngineToHub: TypeAlias = Join | Admit | Begin | Advance | Candidates | End
+HubToEngine: TypeAlias = Joined | Admitted | Refused | Delta | Choice | End
 
 encode = msgspec.msgpack.Encoder().encode
 decode_edge_to_hub = msgspec.msgpack.Decoder(EdgeToHub).decode

@@ -3,15 +3,17 @@
 A stream is one generation steered by one edge worker. Two rules make late, duplicated, reordered and guessed deltas harmless:
 
 1. ``position`` is the number of tokens generated before the one being chosen, and ``prefix_hash`` a rolling hash of their ids.
-2. A delta may be used for exactly its position and prefix hash; anything else is stale and is dropped.
+2. A delta or a choice may be used for exactly its position and prefix hash; anything else is stale and is dropped.
 
-The transitions, to be read aloud (a Begin asks for the delta of its own position, as an Advance does):
+The transitions, to be read aloud (a Begin asks for the answer of its own position, as an Advance does; the answer is a Delta in
+cloud fusion and a Choice in edge fusion):
 
     IDLE      Begin   -> ASKED
     ASKED     Begin   -> ASKED        begun again: the hub restarted
     ANSWERED  Begin   -> ASKED
-    ASKED     Delta   -> ANSWERED     the delta of the asked prefix; a stale one changes nothing
-    ASKED     Advance -> ASKED        the token was chosen without its delta: missed
+    ASKED     Delta   -> ANSWERED     of the asked prefix; a stale one changes nothing
+    ASKED     Choice  -> ANSWERED     likewise
+    ASKED     Advance -> ASKED        the token was chosen without its answer: missed
     ANSWERED  Advance -> ASKED
     any       End     -> CLOSED
 """
@@ -20,7 +22,7 @@ import enum
 from collections.abc import Iterable
 
 from costeer_vllm.errors import LocalProtocolError
-from costeer_vllm.protocol.messages import Advance, Begin, Delta, End
+from costeer_vllm.protocol.messages import Advance, Begin, Choice, Delta, End
 
 _MASK = 2**64 - 1
 _MULTIPLIER = 0x9E3779B97F4A7C15  # odd, 2**64 / golden ratio: a bijection for every token, so a changed token always shows
@@ -43,11 +45,17 @@ class State(enum.Enum):
     CLOSED = enum.auto()
 
 
-Event = Begin | Advance | Delta | End
+Event = Begin | Advance | Delta | Choice | End
 
 TRANSITIONS: dict[State, dict[type[Event], State]] = {
     State.IDLE: {Begin: State.ASKED, End: State.CLOSED},
-    State.ASKED: {Begin: State.ASKED, Delta: State.ANSWERED, Advance: State.ASKED, End: State.CLOSED},
+    State.ASKED: {
+        Begin: State.ASKED,
+        Delta: State.ANSWERED,
+        Choice: State.ANSWERED,
+        Advance: State.ASKED,
+        End: State.CLOSED,
+    },
     State.ANSWERED: {Begin: State.ASKED, Advance: State.ASKED, End: State.CLOSED},
     State.CLOSED: {End: State.CLOSED},
 }
@@ -64,12 +72,12 @@ class Stream:
         self.prefix_hash = 0
 
     def feed(self, event: Event) -> bool:
-        """Move on by ``event``. False if it is stale (a delta of another prefix) or comes after the end: drop it.
+        """Move on by ``event``. False if it is stale (an answer to another prefix) or comes after the end: drop it.
 
         Raises:
             LocalProtocolError: if the event is not in the table and is not merely late.
         """
-        if isinstance(event, Delta) and not self.wants(event):
+        if isinstance(event, (Delta, Choice)) and not self.wants(event):
             return False
         following = TRANSITIONS[self.state].get(type(event))
         if following is None:
@@ -84,10 +92,13 @@ class Stream:
         self.state = following
         return True
 
-    def wants(self, delta: Delta) -> bool:
-        """Whether ``delta`` belongs to the prefix that is asked for and not answered yet."""
-        asked = self.state is State.ASKED
-        return asked and delta.position == self.position and delta.prefix_hash == self.prefix_hash
+    def wants(self, answer: Delta | Choice) -> bool:
+        """Whether ``answer`` belongs to the prefix that is asked for and not answered yet."""
+        return self.state is State.ASKED and self.stands_at(answer.position, answer.prefix_hash)
+
+    def stands_at(self, position: int, prefix_hash: int) -> bool:
+        """Whether this is the current prefix."""
+        return (position, prefix_hash) == (self.position, self.prefix_hash)
 
     def advance(self, stream: str, tokens: list[int]) -> Advance:
         """The Advance that appends ``tokens`` to the current prefix (not fed yet)."""

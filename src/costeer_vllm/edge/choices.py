@@ -1,0 +1,117 @@
+"""The choices of one edge-fused stream: each needs a Candidates frame from the engine and a delta from the small model.
+
+The two come in any order. A prefix gets one choice: asked again (a frame was repeated), it is given again, so that nobody learns
+more by asking twice.
+"""
+
+import hashlib
+import hmac
+import math
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from costeer_vllm.candidates import BasePolicy, decode_candidates
+from costeer_vllm.delta import finite
+from costeer_vllm.edge.disclosure import Disclosure
+from costeer_vllm.edge.fusion import draw
+from costeer_vllm.errors import InvalidCandidates, InvalidParameter
+from costeer_vllm.protocol.messages import Begin, Candidates, Choice, Sampling
+from costeer_vllm.steering import check_finite, check_strength
+
+_Prefix: TypeAlias = tuple[int, int]  # position and prefix hash
+
+
+@dataclass(eq=False, slots=True)
+class Chooser:
+    """What chooses for one stream."""
+
+    stream: str
+    strength: float
+    sampling: Sampling
+    disclosure: Disclosure
+    seed: bytes  # of the stream's random numbers: secret
+    base: tuple[_Prefix, BasePolicy] | None = None  # the newest candidates
+    delta: tuple[_Prefix, npt.NDArray[np.float32]] | None = None  # the newest, [vocab]
+    choice: Choice | None = None  # the newest
+
+    def offered(self, candidates: Candidates) -> Choice | None:
+        """The choice among ``candidates``, if their delta is there.
+
+        Raises:
+            InvalidCandidates: if they cannot be used.
+        """
+        prefix = candidates.position, candidates.prefix_hash
+        if self.choice is not None and prefix == (self.choice.position, self.choice.prefix_hash):
+            return self.choice
+        self.base = prefix, decode_candidates(candidates.payload)
+        return self._choose()
+
+    def weighed(self, position: int, prefix_hash: int, delta: npt.NDArray[np.float32]) -> Choice | None:
+        """The choice by ``delta [vocab]``, if its candidates are there.
+
+        Raises:
+            InvalidCandidates: if none of them is an id that the small model knows.
+        """
+        self.delta = (position, prefix_hash), delta
+        return self._choose()
+
+    def _choose(self) -> Choice | None:
+        if self.base is None or self.delta is None or self.base[0] != self.delta[0]:
+            return None
+        (position, prefix_hash), base = self.base
+        delta = self.delta[1]
+        self.base = self.delta = None
+        base = _known(base, len(delta))
+        wanted = 0.0 if self.disclosure.is_spent or _is_sure(base, self.sampling) else self.strength
+        drawn = draw(base, finite(delta[base.ids]), wanted, self.sampling, self._uniform(position), self.disclosure.bits_left)
+        self.disclosure.add(drawn, wanted)
+        self.choice = Choice(self.stream, position, prefix_hash, drawn.token)
+        return self.choice
+
+    def _uniform(self, position: int) -> float:
+        """A random number in [0, 1) that is the position's own, however often it is asked for."""
+        digest = hmac.digest(self.seed, position.to_bytes(8, "little"), hashlib.sha256)
+        return int.from_bytes(digest[:8], "little") / 2**64 * (1 - 2**-53)
+
+
+def chooser(begin: Begin, disclosure: Disclosure, secret: bytes) -> Chooser:
+    """The chooser of a stream that begins; ``secret`` is the device's.
+
+    Without a seed the random numbers are the stream's own. A seed that a client gives has passed through the server: it is mixed
+    with the secret, so that the same seed gives the same answer on this device and yet tells the server nothing of the numbers.
+
+    Raises:
+        InvalidParameter: if a sampling parameter is not in its range.
+    """
+    sampling = begin.sampling
+    assert sampling is not None
+    check_strength("strength", begin.strength)
+    _check("temperature", sampling.temperature, 0, math.inf)
+    _check("top_p", sampling.top_p, 0, 1)
+    _check("min_p", sampling.min_p, 0, 1)
+    _check("confidence", sampling.confidence, 0, 1)
+    if sampling.max_bits is not None:
+        _check("max_bits", sampling.max_bits, 0, math.inf)
+    origin = f"stream {begin.stream}" if sampling.seed is None else f"seed {sampling.seed}"
+    return Chooser(begin.stream, begin.strength, sampling, disclosure, hmac.digest(secret, origin.encode(), hashlib.sha256))
+
+
+def _check(field: str, value: float, least: float, most: float) -> None:
+    if not least <= check_finite(field, value) <= most:
+        raise InvalidParameter(field, value, f"a number from {least:g} to {most:g}")
+
+
+def _known(base: BasePolicy, num_tokens: int) -> BasePolicy:
+    """Without the ids that only the large model has: padding of its embeddings."""
+    known = int(np.searchsorted(base.ids, num_tokens))
+    if not known:
+        raise InvalidCandidates("none of the candidates is a token of the small model")
+    return base if known == len(base.ids) else BasePolicy(base.ids[:known], base.log_probs[:known], base.mass_left)
+
+
+def _is_sure(base: BasePolicy, sampling: Sampling) -> bool:
+    """Whether the base policy is so sure that the request leaves it alone: see ``confidence``."""
+    return sampling.confidence < 1 and math.exp(base.log_probs.max()) >= sampling.confidence
