@@ -23,6 +23,8 @@ AttachKey = Annotated[
     str | None,
     typer.Option(envvar="COSTEER_ATTACH_KEY", help="The key that edge workers and engines must have.", show_envvar=True),
 ]
+edges = typer.Typer()
+app.add_typer(edges, name="edge")
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -68,11 +70,12 @@ def hub(
     run(HubSettings(host=host, port=port, engine_endpoint=endpoint, attach_key=attach_key, exit_with_parent=exit_with_parent))
 
 
-@app.command()
+@edges.callback(invoke_without_command=True)
 def edge(
-    hub: Annotated[str, typer.Option(help="The hub to attach to: ws://host:port.")],
-    name: Annotated[str, typer.Option(help="The name under which requests ask for this worker.")],
-    model: Annotated[str, typer.Option(help="The small model: a Hugging Face name or a folder.")],
+    command: typer.Context,
+    hub: Annotated[str | None, typer.Option(help="The hub to attach to: ws://host:port.")] = None,
+    name: Annotated[str | None, typer.Option(help="The name under which requests ask for this worker.")] = None,
+    model: Annotated[str | None, typer.Option(help="The small model: a Hugging Face name or a folder.")] = None,
     context: Annotated[
         Path | None, typer.Option(help="The private context: a file, or a folder of them. It never leaves this process.")
     ] = None,
@@ -100,6 +103,17 @@ def edge(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     max_streams: Annotated[int, typer.Option(min=1, max=4096, help="Requests steered at the same time.")] = 64,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads for the small model.")] = None,
+    tokens_only: Annotated[
+        bool, typer.Option("--tokens-only", help="No delta leaves this device: requests are fused at the edge, or refused.")
+    ] = False,
+    max_bits: Annotated[
+        float | None,
+        typer.Option(min=0, help="What one answer may tell about the context, whatever requests ask for; with --tokens-only."),
+    ] = None,
+    ledger: Annotated[
+        Path | None, typer.Option(help="Where every stream is entered; default costeer/ledger.jsonl in the user's state folder.")
+    ] = None,
+    no_ledger: Annotated[bool, typer.Option("--no-ledger", help="Enter nothing anywhere.")] = False,
     gateway: Annotated[
         str | None, typer.Option(help="Serve the OpenAI API to this device's apps on this host:port; they are steered by it.")
     ] = None,
@@ -112,6 +126,12 @@ def edge(
     ] = None,
 ) -> None:
     """Attach this device: run the small model on the private context and answer the hub."""
+    if command.invoked_subcommand is not None:
+        return
+    if hub is None or name is None or model is None:
+        missing = [option for option, value in (("--hub", hub), ("--name", name), ("--model", model)) if value is None]
+        raise typer.BadParameter("must be given", param_hint=" ".join(missing))
+    from costeer_vllm.edge.ledger import default_path
     from costeer_vllm.edge.settings import EdgeSettings, gateway_settings
     from costeer_vllm.edge.worker import run
 
@@ -133,9 +153,32 @@ def edge(
         device=device,
         max_streams=max_streams,
         threads=threads,
+        tokens_only=tokens_only,
+        max_bits=max_bits,
+        ledger=None if no_ledger else str(ledger or default_path()),
         gateway=gateway_settings(gateway, server, gateway_key, server_key),
     )
     raise typer.Exit(run(settings))
+
+
+@edges.command("ledger")
+def show_ledger(
+    file: Annotated[Path | None, typer.Option("--ledger", help="The ledger, if it is not at its usual place.")] = None,
+    last: Annotated[int, typer.Option(min=1, help="Entries to show, the newest.")] = 20,
+    plot: Annotated[Path | None, typer.Option(help="Draw the bits of all entries to this PNG.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the entries as lines of JSON.")] = False,
+) -> None:
+    """Show what this device's answers can have told about its context, and what left it."""
+    from costeer_vllm.edge.ledger import default_path, read
+    from costeer_vllm.edge.ledger_view import draw, print_json, print_table
+
+    entries = read(file or default_path())
+    if json:
+        print_json(entries[-last:])
+    else:
+        print_table(entries, last)
+    if plot is not None:
+        draw(entries, plot)
 
 
 @app.command()

@@ -11,6 +11,7 @@ import pytest
 
 from costeer_vllm.demo.export import export
 from costeer_vllm.processes import Running, Server, edge_worker, serving
+from costeer_vllm.request import DEFAULT_CANDIDATES
 
 from . import reference
 
@@ -76,6 +77,12 @@ def pair_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(pair_folder: Path) -> list[list[int]]:
     """The tokens that Algorithm 1 generates for each of ``reference.queries()`` under the context of ``open``."""
     return reference.generate(pair_folder)
+
+
+@pytest.fixture(scope="session")
+def expected_of_candidates(pair_folder: Path) -> list[list[int]]:
+    """The same where the device sees only the 64 likeliest tokens of the large model."""
+    return reference.generate(pair_folder, DEFAULT_CANDIDATES)
 
 
 @pytest.fixture(scope="session")

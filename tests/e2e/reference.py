@@ -19,8 +19,11 @@ def queries() -> list[str]:
     return [QUERIES[i % len(QUERIES)].format(event=EVENTS[i % len(EVENTS)].name) for i in range(NUM_PROMPTS)]
 
 
-def generate(pair_folder: Path) -> list[list[int]]:
-    """Algorithm 1 with its T iterations in float64, by plain transformers, never stopping at the end-of-sequence id."""
+def generate(pair_folder: Path, num_candidates: int | None = None) -> list[list[int]]:
+    """Algorithm 1 with its T iterations in float64, by plain transformers, never stopping at the end-of-sequence id.
+
+    ``num_candidates``: of the base policy, as in edge fusion; None: all, as in cloud fusion.
+    """
     torch.set_num_threads(2)
     large, small = (
         AutoModelForCausalLM.from_pretrained(pair_folder / name, dtype=torch.float32).eval() for name in ("large", "small")
@@ -34,6 +37,6 @@ def generate(pair_folder: Path) -> list[list[int]]:
         return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
 
     return [
-        algorithm1(large, small, ids(query), ids(with_context(context, query)), ids(query), PARAMS, NUM_TOKENS)
+        algorithm1(large, small, ids(query), ids(with_context(context, query)), ids(query), PARAMS, NUM_TOKENS, num_candidates)
         for query in queries()
     ]

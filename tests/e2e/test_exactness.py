@@ -1,22 +1,25 @@
 """vLLM, hub and edge worker give, token for token, what the paper's Algorithm 1 gives when it is written out."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
+
+from costeer_vllm.offline import end_ids
 
 from .conftest import Deployment
 from .reference import NUM_TOKENS, PARAMS, queries
 
 
-@pytest.mark.parametrize("fusion", ["cloud", "edge"])
-@pytest.mark.parametrize("concurrency", [1, 8])
-def test_served_tokens_equal_algorithm_1(
-    deployment: Deployment, expected: list[list[int]], concurrency: int, fusion: str
-) -> None:
+def served(deployment: Deployment, steering: dict[str, Any], concurrency: int) -> list[list[int]]:
+    """The greedy tokens of all queries, every one of them steered."""
+
     def ask(query: str) -> tuple[str, list[int]]:
         answer = deployment.chat(
             query,
-            {"T": PARAMS.T, "fusion": fusion},
+            {"T": PARAMS.T, **steering},
             max_tokens=NUM_TOKENS,
             extra_body={"ignore_eos": True, "return_token_ids": True},
         )
@@ -24,7 +27,28 @@ def test_served_tokens_equal_algorithm_1(
 
     with ThreadPoolExecutor(concurrency) as pool:
         answers = list(pool.map(ask, queries()))
-    assert [tokens for _, tokens in answers] == expected
     for request_id, _ in answers:
         account = deployment.account(request_id)
         assert (account["tokens_steered"], account["tokens_missed"]) == (NUM_TOKENS, 0)
+    return [tokens for _, tokens in answers]
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_cloud_fusion_equals_algorithm_1(deployment: Deployment, expected: list[list[int]], concurrency: int) -> None:
+    assert served(deployment, {}, concurrency) == expected
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_edge_fusion_equals_algorithm_1_over_its_candidates(
+    deployment: Deployment, expected_of_candidates: list[list[int]], concurrency: int
+) -> None:
+    assert served(deployment, {"fusion": "edge"}, concurrency) == expected_of_candidates
+
+
+def test_up_to_their_ends_the_answers_need_no_more_candidates(
+    pair_folder: Path, expected: list[list[int]], expected_of_candidates: list[list[int]]
+) -> None:
+    """What follows the end-of-sequence id is nonsense, for which the whole vocabulary is not too much."""
+    (end,) = end_ids(AutoModelForCausalLM.from_pretrained(pair_folder / "large"))
+    answers = [tokens[: tokens.index(end) + 1] for tokens in expected]
+    assert [tokens[: len(answer)] for tokens, answer in zip(expected_of_candidates, answers, strict=True)] == answers

@@ -53,17 +53,20 @@ def algorithm1(
     without_ids: Sequence[int],
     params: SteeringParams,
     max_new_tokens: int,
+    num_candidates: int | None = None,
 ) -> list[int]:
     """The ids generated greedily by Algorithm 1, the end-of-sequence id included if it was reached.
 
     ``large`` and ``small`` are transformers models over one vocabulary. The three prompts are token ids: the query for the large
-    model, the query with the private context for the small one, the query without it for the small one.
+    model, the query with the private context for the small one, the query without it for the small one. ``num_candidates``: the
+    base policy is cut to so many tokens, its likeliest, as in edge fusion.
     """
     base, with_context, without_context = Policy(large, base_ids), Policy(small, with_ids), Policy(small, without_ids)
     s: list[int] = []
     while len(s) < max_new_tokens:
         delta = with_context.log_probs - without_context.log_probs
-        s.append(int(personalize(base.log_probs, delta, params).argmax()))
+        ids = base.log_probs.topk(num_candidates or len(base.log_probs)).indices
+        s.append(int(ids[personalize(base.log_probs[ids], delta[ids], params).argmax()]))
         if s[-1] in end_ids(large):
             break
         for policy in (base, with_context, without_context):

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from costeer_vllm.candidates import BasePolicy, decode_candidates
 from costeer_vllm.delta import finite
 from costeer_vllm.edge.disclosure import Disclosure
-from costeer_vllm.edge.fusion import draw
+from costeer_vllm.edge.fusion import Drawn, draw
 from costeer_vllm.errors import InvalidCandidates, InvalidParameter
 from costeer_vllm.protocol.messages import Begin, Candidates, Choice, Sampling
 from costeer_vllm.steering import check_finite, check_strength
@@ -36,6 +36,8 @@ class Chooser:
     base: tuple[_Prefix, BasePolicy] | None = None  # the newest candidates
     delta: tuple[_Prefix, npt.NDArray[np.float32]] | None = None  # the newest, [vocab]
     choice: Choice | None = None  # the newest
+    drawn: Drawn | None = None  # the same, until somebody has looked
+    bits: float = 0.0  # told by this stream
 
     def offered(self, candidates: Candidates) -> Choice | None:
         """The choice among ``candidates``, if their delta is there.
@@ -58,6 +60,11 @@ class Chooser:
         self.delta = (position, prefix_hash), delta
         return self._choose()
 
+    def take_drawn(self) -> Drawn | None:
+        """How the newest choice came about, once."""
+        drawn, self.drawn = self.drawn, None
+        return drawn
+
     def _choose(self) -> Choice | None:
         if self.base is None or self.delta is None or self.base[0] != self.delta[0]:
             return None
@@ -68,6 +75,8 @@ class Chooser:
         wanted = 0.0 if self.disclosure.is_spent or _is_sure(base, self.sampling) else self.strength
         drawn = draw(base, finite(delta[base.ids]), wanted, self.sampling, self._uniform(position), self.disclosure.bits_left)
         self.disclosure.add(drawn, wanted)
+        self.drawn = drawn
+        self.bits += drawn.bits
         self.choice = Choice(self.stream, position, prefix_hash, drawn.token)
         return self.choice
 

@@ -1,14 +1,18 @@
-"""What the answers of this device can have told the server about the private context, and the budgets on it.
+"""What the answers of this device can have told the server about the private context, and what each of them may tell.
 
 A ``Disclosure`` is kept for each request, over all of its streams: a stream that is preempted goes on as another one, and the
-choices of one request are read side by side. It is the device's own: no server can begin it anew by beginning a stream again.
+choices of one request are read side by side. It is the device's own: no server can begin it anew by beginning a stream again, nor
+widen what the gateway has promised an app.
 """
 
+import contextlib
 import math
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from costeer_vllm.edge.fusion import Drawn
+from costeer_vllm.protocol.messages import Fusion
 
 MAX_REMEMBERED = 4096  # requests
 
@@ -20,7 +24,6 @@ class Disclosure:
     max_bits: float | None = None
     bits: float = 0.0
     is_spent: bool = False  # the rest is drawn without the context
-    drawn: list[Drawn] = field(default_factory=list)
 
     @property
     def bits_left(self) -> float:
@@ -29,26 +32,54 @@ class Disclosure:
 
     def add(self, drawn: Drawn, wanted: float) -> None:
         """Count a token; ``wanted``: the strength that the request asks for at this token."""
-        self.drawn.append(drawn)
         self.bits += drawn.bits
         self.is_spent |= drawn.strength == 0 and wanted != 0
 
 
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What an app was promised of one request."""
+
+    fusion: Fusion
+    max_bits: float | None = None
+
+
 class Disclosures:
-    """Those of the last requests."""
+    """Those of the last requests, and the promises made for those under way."""
 
     def __init__(self, max_bits: float | None = None) -> None:
         """``max_bits``: the device's own budget for each request, whatever it asks for."""
         self._max_bits = max_bits
         self._by_request: OrderedDict[tuple[str, str | None], Disclosure] = OrderedDict()
+        self._promises: dict[str, Promise] = {}  # by context_ref
+
+    @contextlib.contextmanager
+    def promise(self, context_ref: str, promise: Promise) -> Iterator[None]:
+        """While the block runs, streams whose queries carry ``context_ref`` are held to ``promise``."""
+        self._promises[context_ref] = promise
+        try:
+            yield
+        finally:
+            del self._promises[context_ref]
+
+    def is_allowed(self, context_ref: str | None, fusion: Fusion) -> bool:
+        """Whether a stream may be fused like this."""
+        promise = self._promises.get(context_ref or "")
+        return promise is None or promise.fusion == fusion
 
     def of(self, request: str, context_ref: str | None, max_bits: float | None = None) -> Disclosure:
-        """The request's; the smaller of the two budgets holds, and a later one cannot raise it."""
+        """The request's, for a stream that begins; the smallest of all budgets holds."""
         key = request, context_ref
         found = self._by_request.setdefault(key, Disclosure())
         self._by_request.move_to_end(key)
         if len(self._by_request) > MAX_REMEMBERED:
             self._by_request.popitem(last=False)
-        budgets = [budget for budget in (self._max_bits, max_bits, found.max_bits) if budget is not None]
+        promise = self._promises.get(context_ref or "")
+        promised = None if promise is None else promise.max_bits
+        budgets = [budget for budget in (self._max_bits, promised, max_bits, found.max_bits) if budget is not None]
         found.max_bits = min(budgets, default=None)
         return found
+
+    def bits(self, context_ref: str) -> float:
+        """What the requests with ``context_ref`` have told."""
+        return sum(found.bits for (_, ref), found in self._by_request.items() if ref == context_ref)

@@ -6,6 +6,7 @@ it may hold a part of the private context.
 
 import contextlib
 import logging
+import math
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,7 +19,7 @@ from costeer_vllm.edge.retrieval import Retriever
 from costeer_vllm.edge.settings import Encoding
 from costeer_vllm.edge.small_model import STEP_TOKENS, Pair, SmallModel, TooLong
 from costeer_vllm.edge.store import ContextUnreadable
-from costeer_vllm.edge.streams import Answer, Failure, Order, Result
+from costeer_vllm.edge.streams import Answer, Failure, Order, Read, Result
 from costeer_vllm.protocol.messages import EndReason
 
 NO_CONTEXT = "the edge worker does not have, or cannot read any more, the private context that is asked for"
@@ -44,6 +45,7 @@ class Evaluator:
         self._contexts, self._encoding, self._retriever = contexts, encoding, retriever
         self._pairs: dict[int, Pair] = {}
         self._asked: dict[int, Order] = {}  # to be answered, the longest waiting first
+        self._last: dict[int, tuple[int, LogProbs, LogProbs]] = {}  # cloud fusion: position; with and without context
         self._prefill_next = False
 
     @property
@@ -66,7 +68,8 @@ class Evaluator:
     def _turn(self, orders: list[Order], closed: list[int]) -> list[Result]:
         for serial in closed:
             self._close(serial)
-        results: list[Result] = [failure for order in orders if (failure := self._take(order))]
+        results: list[Result] = [read for order in orders if (read := self._read(order))]
+        results += [failure for order in orders if (failure := self._take(order))]
         short = [serial for serial in self._asked if _is_short(self._pairs[serial])]
         long = next((serial for serial in self._asked if not _is_short(self._pairs[serial])), None)
         if long is not None and (self._prefill_next or not short):
@@ -89,6 +92,14 @@ class Evaluator:
             return self._give_up(order.serial, "refused", f"the stream is longer than the small model's {limit} positions")
         self._asked[order.serial] = order
         return None
+
+    def _read(self, order: Order) -> Read | None:
+        """What the small model thought of the token that was chosen at the position it answered last."""
+        position, with_context, without_context = self._last.pop(order.serial, (-1, None, None))
+        if position != order.keep or not order.tokens or with_context is None or without_context is None:
+            return None
+        token = order.tokens[0]
+        return Read(order.serial, token, math.exp(without_context[token]), math.exp(with_context[token]))
 
     def _open(self, order: Order) -> Failure | None:
         assert order.query is not None
@@ -142,6 +153,8 @@ class Evaluator:
         if np.isnan(with_context.sum()) or np.isnan(without_context.sum()):
             return self._give_up(serial, "failed", "the small model of the edge worker gives no numbers")
         order = self._asked.pop(serial)
+        if order.fusion == "cloud":
+            self._last[serial] = order.position, with_context, without_context
         return Answer(serial, order.position, order.prefix_hash, self._delta(order, with_context, without_context))
 
     def _delta(self, order: Order, with_context: LogProbs, without_context: LogProbs) -> bytes | LogProbs:
@@ -153,6 +166,7 @@ class Evaluator:
 
     def _give_up(self, serial: int, reason: EndReason, sentence: str) -> Failure:
         self._asked.pop(serial, None)
+        self._last.pop(serial, None)
         pair = self._pairs.pop(serial, None)
         if pair is not None:
             with contextlib.suppress(Exception):  # an accelerator in such a state that not even zeros can be written
@@ -161,6 +175,7 @@ class Evaluator:
 
     def _close(self, serial: int) -> None:
         self._asked.pop(serial, None)
+        self._last.pop(serial, None)
         pair = self._pairs.pop(serial, None)
         if pair is not None:
             self._model.close(pair)

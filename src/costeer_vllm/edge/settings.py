@@ -68,6 +68,7 @@ class EdgeSettings:
     threads: int | None = None
     gateway: GatewaySettings | None = None
     tokens_only: bool = False  # no delta ever leaves this device: edge fusion or none
+    ledger: str | None = None  # path of the file in which every stream is entered; None: no ledger
     max_bits: float | None = None  # what a request's answer may tell at the most, whatever it asks for: edge fusion only
 
     def __post_init__(self) -> None:

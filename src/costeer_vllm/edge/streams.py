@@ -54,7 +54,17 @@ class Failure:
     sentence: str
 
 
-Result: TypeAlias = Answer | Failure
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Cloud fusion: a generated token and its probability in the small model, without and with the context."""
+
+    serial: int
+    token: int
+    without_context: float
+    with_context: float
+
+
+Result: TypeAlias = Answer | Read | Failure
 
 
 @dataclass(slots=True)
@@ -139,6 +149,16 @@ class Streams:
         except InvalidCandidates as error:
             return self._end(stream.name, "failed", str(error))
 
+    def name_of(self, serial: int) -> str | None:
+        """The name of an open stream."""
+        stream = self._by_serial.get(serial)
+        return None if stream is None else stream.name
+
+    def chooser_of(self, name: str) -> Chooser | None:
+        """What chooses for an open edge-fused stream."""
+        stream = self._by_name.get(name)
+        return None if stream is None else stream.chooser
+
     def fail(self, serial: int, reason: EndReason, sentence: str) -> End | None:
         """Close a stream that the evaluator gave up and forgot; returns the End to send, None if it was over anyway."""
         stream = self._by_serial.get(serial)
@@ -165,7 +185,7 @@ class Streams:
         if not self._are_known(begin.tokens) or not self._are_known(begin.query.prompt_ids or []):
             return End(begin.stream, "failed", self._unknown)
         fusion: Fusion = "cloud" if begin.sampling is None else "edge"
-        if fusion not in self._fusions:
+        if fusion not in self._fusions or not self._disclosures.is_allowed(begin.query.ref, fusion):
             return End(begin.stream, "refused", f"this edge worker does not consent to {fusion} fusion")
         if len(self._by_name) >= self._limit:
             return End(begin.stream, "overloaded", f"this edge worker serves at most {self._limit} streams at a time")

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import math
 import os
 import random
 import secrets
@@ -25,11 +26,13 @@ from websockets.exceptions import ConnectionClosed, WebSocketException
 from costeer_vllm.edge.accounts import Accounts
 from costeer_vllm.edge.context import PrivateContexts
 from costeer_vllm.edge.disclosure import Disclosures
+from costeer_vllm.edge.ledger import Ledger
 from costeer_vllm.edge.loading import load
 from costeer_vllm.edge.prompts import where
 from costeer_vllm.edge.settings import EdgeSettings, attach_url
-from costeer_vllm.edge.streams import Answer, Failure, Result, Streams
+from costeer_vllm.edge.streams import Answer, Failure, Read, Result, Streams
 from costeer_vllm.edge.tasks import first_of
+from costeer_vllm.edge.traces import Moved, Trace, Traces
 from costeer_vllm.errors import CoSteerError, HubUnavailable, RemoteProtocolError
 from costeer_vllm.protocol import keys
 from costeer_vllm.protocol.messages import (
@@ -98,6 +101,8 @@ class EdgeWorker:
         self._steerable: PrivateContexts | None = None  # the contexts, while attached
         self._accounts = Accounts()
         self._disclosures = Disclosures(settings.max_bits)
+        self._traces = Traces()
+        self._ledger = None if settings.ledger is None else Ledger(Path(settings.ledger), settings.name)
         self._turn_s = 0.0  # how long the last window of next ids took
         self._evaluator: Evaluator  # with the next three from the moment on when the model is loaded
         self._contexts: PrivateContexts
@@ -203,6 +208,8 @@ class EdgeWorker:
             finally:
                 self._steerable = None
                 self._accounts.detached()
+                for trace in self._traces.detached():
+                    self._enter(trace)
                 self._streams.clear()
                 await self._turn()
 
@@ -227,6 +234,7 @@ class EdgeWorker:
             message = _decode(frame)
             if isinstance(message, (Begin, Advance, Candidates, End)):
                 self._accounts.received(message, len(frame))
+                self._enter(self._traces.received(message, len(frame)))
                 await self._send_if_any(websocket, self._streams.feed(message, time.monotonic()))
                 self._news.set()
                 continue
@@ -282,6 +290,8 @@ class EdgeWorker:
         match result:
             case Answer():
                 await self._send_if_any(websocket, self._streams.answered(result))
+            case Read(serial, token, without_context, with_context):
+                self._traces.moved(self._streams.name_of(serial) or "", Moved(token, without_context, with_context))
             case Failure(serial, reason, sentence):
                 await self._send_if_any(websocket, self._streams.fail(serial, reason, sentence))
 
@@ -289,13 +299,26 @@ class EdgeWorker:
         if isinstance(message, End):
             level = logging.DEBUG if message.reason == "unknown_stream" else logging.WARNING
             log.log(level, "%s: %s", message.reason, message.sentence)
+        if isinstance(message, Choice):
+            self._trace(message)
         if message is not None:
             await self._send(websocket, message)
+
+    def _trace(self, choice: Choice) -> None:
+        chooser = self._streams.chooser_of(choice.stream)
+        if chooser is not None and (drawn := chooser.take_drawn()) is not None:
+            self._traces.moved(choice.stream, Moved(drawn.token, math.exp(drawn.log_p), math.exp(drawn.log_q)))
+            self._traces.disclosed(choice.stream, chooser.bits, chooser.disclosure.max_bits)
+
+    def _enter(self, ended: Trace | None) -> None:
+        if ended is not None and self._ledger is not None:
+            self._ledger.add(ended)
 
     async def _send(self, websocket: ClientConnection, message: Attach | Delta | Choice | End) -> None:
         frame = encode(message)
         if not isinstance(message, Attach):
             self._accounts.sent(message, len(frame))
+            self._enter(self._traces.sent(message, len(frame)))
         await websocket.send(frame)
         if self._on_frame_sent is not None:
             self._on_frame_sent(frame)

@@ -1,0 +1,112 @@
+"""The last streams as the device's own page shows them: what each token owes to the context, and what crossed. Memory only.
+
+The worker shows the traces every frame, and the probabilities as they become known.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from costeer_vllm.protocol.messages import Advance, Begin, Candidates, Choice, Delta, End, EndReason, Fusion
+
+MAX_TRACES = 50
+MAX_TOKENS = 4096  # of one trace
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A token and how far the context moved it.
+
+    In edge fusion the probabilities are the base policy's and those it was drawn with; in cloud fusion, where this device never
+    sees the large model's, the small model's without and with the context.
+    """
+
+    token: int
+    plain: float
+    personal: float
+
+
+@dataclass(slots=True, eq=False)
+class Trace:
+    """One stream."""
+
+    stream: str
+    request: str
+    fusion: Fusion
+    strength: float
+    began: float  # seconds since the epoch
+    tokens: list[Moved] = field(default_factory=list)
+    num_tokens: int = 0
+    bytes_up: int = 0  # Delta and Choice frames
+    bytes_down: int = 0  # Begin, Advance and Candidates frames
+    bits: float | None = None  # told so far; None in cloud fusion, where nobody on the device can know
+    max_bits: float | None = None  # budget of the whole request
+    ended: float | None = None
+    reason: EndReason | None = None
+    tokens_steered: int | None = None  # the engine's count
+    tokens_missed: int | None = None
+
+
+class Traces:
+    """The newest streams, open and ended."""
+
+    def __init__(self) -> None:
+        self._newest: deque[Trace] = deque(maxlen=MAX_TRACES)
+        self._open: dict[str, Trace] = {}
+
+    def __iter__(self) -> Iterator[Trace]:
+        """The newest first."""
+        return reversed(self._newest)
+
+    def received(self, message: Begin | Advance | Candidates | End, num_bytes: int) -> Trace | None:
+        """A frame of ``num_bytes`` came from the hub; returns the trace of a stream that ends."""
+        if isinstance(message, End):
+            return self._end(message.stream, message.reason, message.tokens_steered, message.tokens_missed)
+        former = None
+        if isinstance(message, Begin):
+            former = self._end(message.stream, "preempted")
+            fusion: Fusion = "cloud" if message.sampling is None else "edge"
+            trace = Trace(message.stream, message.request, fusion, message.strength, time.time(), num_tokens=len(message.tokens))
+            self._open[message.stream] = trace
+            self._newest.append(trace)
+        elif (found := self._open.get(message.stream)) is None:
+            return None
+        else:
+            trace = found
+        trace.bytes_down += num_bytes
+        if isinstance(message, Advance):
+            trace.num_tokens = message.position
+        return former
+
+    def sent(self, message: Delta | Choice | End, num_bytes: int) -> Trace | None:
+        """A frame of ``num_bytes`` went to the hub; returns the trace of a stream that ends."""
+        if isinstance(message, End):
+            return self._end(message.stream, message.reason)
+        if (trace := self._open.get(message.stream)) is not None:
+            trace.bytes_up += num_bytes
+        return None
+
+    def moved(self, stream: str, moved: Moved) -> None:
+        """A token's probabilities are known."""
+        trace = self._open.get(stream)
+        if trace is not None and len(trace.tokens) < MAX_TOKENS:
+            trace.tokens.append(moved)
+
+    def disclosed(self, stream: str, bits: float, max_bits: float | None) -> None:
+        """What the stream has told by now, and the budget of its request, in edge fusion."""
+        if (trace := self._open.get(stream)) is not None:
+            trace.bits, trace.max_bits = bits, max_bits
+
+    def detached(self) -> list[Trace]:
+        """The link to the hub is lost, and all open streams with it: their traces."""
+        return [trace for stream in list(self._open) if (trace := self._end(stream, "detached"))]
+
+    def _end(
+        self, stream: str, reason: EndReason, tokens_steered: int | None = None, tokens_missed: int | None = None
+    ) -> Trace | None:
+        trace = self._open.pop(stream, None)
+        if trace is not None:
+            trace.ended, trace.reason = time.time(), reason
+            trace.tokens_steered, trace.tokens_missed = tokens_steered, tokens_missed
+        return trace
