@@ -7,10 +7,10 @@ stays here. The two routes with a body are in ``completions.py``; here is who ma
 import asyncio
 import contextlib
 import logging
+import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 import uvicorn
@@ -173,26 +173,27 @@ def _guarded(app: ASGIApp, settings: GatewaySettings) -> ASGIApp:
 def refusal(path: str, headers: Mapping[str, str], settings: GatewaySettings) -> GatewayError | None:
     """Why a request is not answered: it lacks the key or, where there is none, a web page may have sent it.
 
-    A page of any site can make its visitor's browser ask a loopback address: it says so in ``Origin``, or, if the site's own name
-    leads to that address (DNS rebinding), in ``Host``.
+    A page of any site can make its visitor's browser ask a loopback address: it says so in ``Origin`` and ``Sec-Fetch-Site`` (of
+    what needs no permission, as images do, only in the latter), or, if the site's own name leads to that address (DNS rebinding),
+    in ``Host``.
     """
     if settings.key is not None:
-        if path == "/healthz" or keys.same(headers.get("authorization", ""), f"Bearer {settings.key}"):
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if path == "/healthz" or (scheme.lower() == "bearer" and keys.same(key.lstrip(" "), settings.key)):
             return None
         return GatewayError(401, "wrong_key", "the gateway's key is missing or wrong: give it to the app as its API key")
     host, origin = headers.get("host", ""), headers.get("origin")
     if _host_name(host) not in ("localhost", "127.0.0.1", "::1", settings.host):
         return GatewayError(403, "wrong_host", "the gateway answers to its loopback address only, not to this Host")
-    if origin is not None and origin != f"http://{host}":
+    is_elsewhere = path != "/healthz" and headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+    if is_elsewhere or (origin is not None and origin != f"http://{host}"):
         return GatewayError(403, "wrong_origin", "web pages may not use the gateway (unless it has a key: --gateway-key)")
     return None
 
 
 def _host_name(host: str) -> str | None:
-    try:
-        return urlsplit(f"//{host}").hostname
-    except ValueError:
-        return None
+    found = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::[0-9]{1,5})?", host.lower())
+    return found and (found[1] or found[2])
 
 
 async def _told(_: Request, error: Exception) -> Response:
