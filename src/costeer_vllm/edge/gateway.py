@@ -6,6 +6,7 @@ stays here. The two routes with a body are in ``completions.py``; here is who ma
 
 import asyncio
 import contextlib
+import functools
 import logging
 import re
 import socket
@@ -24,6 +25,7 @@ from costeer_vllm.edge.accounts import Ledger
 from costeer_vllm.edge.answers import UNREADABLE, GatewayError
 from costeer_vllm.edge.asks import ALIAS_SUFFIX
 from costeer_vllm.edge.completions import Completions, Device
+from costeer_vllm.edge.connections import Connection
 from costeer_vllm.edge.context import PrivateContexts
 from costeer_vllm.edge.prompts import where
 from costeer_vllm.edge.settings import EdgeSettings, GatewaySettings
@@ -72,9 +74,10 @@ class Gateway:
 
     async def serve(self) -> None:
         """Answer apps until this is cancelled; then they get two seconds to take what they are being sent."""
+        most = self._device.max_streams + SPARE_CONNECTIONS
         config = uvicorn.Config(
             _guarded(self._app(), self._settings),
-            http="h11",  # which bounds the head of a request
+            http=functools.partial(Connection, self._device.patience.client_s, most),  # type: ignore[arg-type]
             lifespan="off",
             ws="none",
             log_config=None,
@@ -82,7 +85,6 @@ class Gateway:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=self._device.max_streams + SPARE_CONNECTIONS,
             timeout_graceful_shutdown=2,
         )
         server = _Server(config)
