@@ -1,7 +1,7 @@
 """The gateway: an OpenAI-compatible endpoint on the device, in the edge worker's process and event loop.
 
 Apps talk to it as they would to the server. It forwards the plain query with the right ``costeer`` object; the private context
-stays here. The two routes with a body are in ``completions.py``; here is who may use them, and how they are served.
+stays here. The routes to the server are in ``completions.py``; here is who may use them, and how they are served.
 """
 
 import asyncio
@@ -11,9 +11,7 @@ import logging
 import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
-import msgspec
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from starlette.datastructures import Headers
@@ -22,14 +20,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from costeer_vllm import __version__
 from costeer_vllm.edge.accounts import Ledger
-from costeer_vllm.edge.answers import UNREADABLE, GatewayError
-from costeer_vllm.edge.asks import ALIAS_SUFFIX
-from costeer_vllm.edge.completions import Completions, Device
+from costeer_vllm.edge.answers import GatewayError
+from costeer_vllm.edge.completions import Completions, Device, Models
 from costeer_vllm.edge.connections import Connection
 from costeer_vllm.edge.context import PrivateContexts
 from costeer_vllm.edge.prompts import where
 from costeer_vllm.edge.settings import EdgeSettings, GatewaySettings
-from costeer_vllm.edge.upstream import Patience, Upstream, passed_down
+from costeer_vllm.edge.upstream import Patience, Upstream
 from costeer_vllm.errors import InvalidParameter
 from costeer_vllm.protocol import keys
 
@@ -103,6 +100,7 @@ class Gateway:
 
     def _app(self) -> FastAPI:
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+        app.add_route("/v1/models", Models(self._device), methods=["GET"])  # type: ignore[arg-type]
         for path in ("/chat/completions", "/completions"):
             app.add_route(f"/v1{path}", Completions(self._device, path), methods=["POST"])  # type: ignore[arg-type]
         app.add_exception_handler(GatewayError, _told)
@@ -112,12 +110,6 @@ class Gateway:
         @app.get("/healthz")
         async def healthz() -> dict[str, str | bool]:
             return {"status": "ok", "version": __version__, "attached": self._device.steerable() is not None}
-
-        @app.get("/v1/models")
-        async def models(request: Request) -> Response:
-            async with self._upstream.asked("GET", "/models", request.headers) as response:
-                body = await self._upstream.read(response)
-            return Response(_without_aliases(body), response.status_code, passed_down(response))
 
         return app
 
@@ -137,18 +129,6 @@ def _listen(settings: GatewaySettings) -> socket.socket:
     except OSError as error:
         address = f"{settings.host}:{settings.port}"
         raise InvalidParameter("gateway", address, f"an address that can be used ({error.strerror})") from None
-
-
-def _without_aliases(body: bytes) -> bytes:
-    """The server's list of models, which here need no other name to be steered."""
-    try:
-        answer = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-        models = msgspec.json.decode(answer["data"], type=list[msgspec.Raw])
-        names = [str(msgspec.json.decode(model, type=dict[str, Any]).get("id")) for model in models]
-    except (KeyError, *UNREADABLE):
-        return body
-    kept = [model for model, name in zip(models, names, strict=True) if not name.endswith(ALIAS_SUFFIX)]
-    return msgspec.json.encode({**answer, "data": kept})
 
 
 # --- who may ask ---
