@@ -79,6 +79,7 @@ async def device(folder: Path, server: str | None = None, patience: Patience = Q
                 gateway.close()
         assert serving.done()
         assert gateway._device.num_taken == 0
+        assert gateway._device.num_bytes == 0
         assert not accounts._by_ref
         assert not accounts._by_stream
         assert not contexts._registered

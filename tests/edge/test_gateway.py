@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import socket
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import openai
 import pytest
 
 from costeer_vllm.edge import completions
+from costeer_vllm.edge.asks import parse_ask
 from costeer_vllm.protocol.messages import End
 
 from .device import BODY, QUICK, device
@@ -121,10 +123,31 @@ def test_models_are_the_servers_without_the_aliases(tmp_path: Path) -> None:
             models = [{"id": "m", "object": "model", "x": 1}, {"id": "m+costeer", "object": "model"}]
             at.server.script = lambda call: call.answer(json.dumps({"object": "list", "data": models, "y": 2}).encode())
             assert (await at.app.get("/models")).json() == {"object": "list", "data": models[:1], "y": 2}
+            assert (await at.app.head("/models")).content == b""
             assert at.server.calls[0].head.startswith("GET /v1/models ")
             for odd in (b"[]", b"{}", b'{"data": 5}', b"oh", b"\xff"):
                 at.server.script = lambda call, odd=odd: call.answer(odd)  # type: ignore[misc]
                 assert (await at.app.get("/models")).content == odd
+
+    run(main())
+
+
+def test_models_take_a_place_and_end_with_the_app(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with device(tmp_path, max_streams=1) as at:
+            at.server.script = _hangs
+            _, writer = await asyncio.open_connection("127.0.0.1", at.app.base_url.port)
+            writer.write(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            while not at.server.calls:
+                await asyncio.sleep(0.01)
+            for answer in (await at.app.get("/models"), await at.chat()):
+                assert (answer.status_code, answer.json()["error"]["code"]) == (429, "busy")
+            writer.close()
+            await asyncio.wait_for(at.server.calls[0].hung_up.wait(), TIMEOUT_S)
+            at.server.script = lambda call: call.answer(b"{}")
+            while at.gateway._device.num_taken:
+                await asyncio.sleep(0.01)
+            assert (await at.app.get("/models")).status_code == 200
 
     run(main())
 
@@ -333,6 +356,51 @@ def test_a_body_without_a_length_is_bounded_too(tmp_path: Path, monkeypatch: pyt
     run(main())
 
 
+def test_the_bodies_of_all_requests_are_bounded_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(completions, "MAX_BODIES_BYTES", 1000)
+
+    async def main() -> None:
+        async with device(tmp_path) as at:
+            reader, writer = await asyncio.open_connection("127.0.0.1", at.app.base_url.port)
+            body = b"{}".ljust(700)
+            writer.write(post(body)[:-1])
+            while at.gateway._device.num_bytes < 699:
+                await asyncio.sleep(0.01)
+            answer = await at.chat(user="x" * 400)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (429, "busy")
+            assert (await at.chat()).status_code == 200, "for a short one there is room"
+            assert at.gateway._device.num_bytes == 699
+            writer.write(body[-1:])
+            assert b" 200 " in await asyncio.wait_for(reader.readuntil(b"\r\n"), TIMEOUT_S)
+            while at.gateway._device.num_bytes:
+                await asyncio.sleep(0.01)
+            assert (await at.chat(user="x" * 400)).status_code == 200
+            writer.close()
+
+    run(main())
+
+
+def test_long_requests_are_taken_apart_in_a_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+
+    def watched(body: bytes) -> Any:
+        threads.append(threading.current_thread())
+        return parse_ask(body)
+
+    monkeypatch.setattr(completions, "parse_ask", watched)
+
+    async def main() -> None:
+        async with device(tmp_path) as at:
+            for length in (10, 2**20):
+                assert (await at.chat(user="x" * length)).status_code == 200
+                assert len(at.server.calls[-1].json["user"]) == length
+            answer = await at.chat(user="x" * 2**20, costeer={"T": -1})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "costeer.T")
+            assert [thread is threading.current_thread() for thread in threads] == [True, False, False]
+
+    run(main())
+
+
 def test_a_request_that_does_not_arrive_is_not_waited_for(tmp_path: Path) -> None:
     async def main() -> None:
         async with device(tmp_path, patience=replace(QUICK, client_s=0.2)) as at:
@@ -396,8 +464,22 @@ def test_as_many_streams_at_a_time_as_the_worker_serves(tmp_path: Path) -> None:
             assert (answer.status_code, answer.json()["error"]["code"]) == (429, "busy")
             release.set()
             assert [(await task).status_code for task in waiting] == [200, 200]
-            assert (await at.chat(n=4)).status_code == 429
             assert (await at.chat(n=3)).status_code == 200
+
+    run(main())
+
+
+def test_more_answers_than_there_are_places_are_never_given(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with device(tmp_path, max_streams=3) as at:
+            texts, ids = {"prompt": ["x", "y"], "n": 2}, {"prompt": [[1]] * 4}
+            for path, fields in (("/chat/completions", {"n": 4}), ("/completions", texts), ("/completions", ids)):
+                answer = await at.app.post(path, json={**BODY, **fields})
+                error = answer.json()["error"]
+                assert (answer.status_code, error["code"], error["param"]) == (400, "bad_parameter", "n")
+                assert "n for every prompt makes 4 answers; this device gives at most 3" in error["message"]
+            assert (await at.chat(n="2")).json()["error"]["param"] == "n"
+            assert not at.server.received
 
     run(main())
 
@@ -531,6 +613,30 @@ def test_a_stream_that_breaks_off_behind_its_end_is_whole(tmp_path: Path) -> Non
     run(main())
 
 
+@pytest.mark.parametrize("is_silent", [False, True])
+def test_behind_its_end_a_stream_is_not_waited_for_long(tmp_path: Path, is_silent: bool) -> None:
+    async def main() -> None:
+        async with device(tmp_path, patience=replace(QUICK, end_s=0.5)) as at:
+
+            async def script(call: Call) -> None:
+                at.steers(ref_of(call), steered=1)
+                await call.start_events()
+                await call.chunk(*sse(CHUNK, "[DONE]"))
+                while not (is_silent or call.hung_up.is_set()):
+                    await call.chunk(b": wait\n\n", pause_s=0.01)
+                await call.hung_up.wait()
+
+            at.server.script = script
+            start = time.monotonic()
+            answer = await at.chat(stream=True)
+            assert 0.4 < time.monotonic() - start < 5
+            assert events_of(answer.content)[-1] == "[DONE]"
+            assert (b": wait\n\n" in answer.content) is not is_silent
+            await asyncio.wait_for(at.server.calls[0].hung_up.wait(), TIMEOUT_S)
+
+    run(main())
+
+
 def test_headers_that_are_not_ascii_are_left_out(tmp_path: Path) -> None:
     async def main() -> None:
         async with device(tmp_path) as at:
@@ -598,6 +704,38 @@ def test_an_app_that_hangs_up_hangs_up_on_the_server(tmp_path: Path, is_started:
             assert not at.contexts._registered
 
     run(main())
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_an_app_that_reads_slowly_gets_it_all(tmp_path: Path, is_streamed: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """It takes longer than the gateway waits for each of the parts."""
+    text = json.dumps("x" * (12 * 2**20)).encode()
+
+    async def main() -> None:
+        async with device(tmp_path, patience=replace(QUICK, client_s=1.0)) as at:
+
+            async def script(call: Call) -> None:
+                if not is_streamed:
+                    return await call.answer(text)
+                await call.start_events()
+                return await call.chunk(b"data: " + text + b"\n\n", *sse("[DONE]"), b"")
+
+            at.server.script = script
+            loop, start, received = asyncio.get_running_loop(), time.monotonic(), bytearray()
+            with socket.socket() as app:
+                app.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+                app.setblocking(False)
+                await loop.sock_connect(app, ("127.0.0.1", at.app.base_url.port))
+                await loop.sock_sendall(app, post(b'{"costeer": false}').replace(b"\r\n", b"\r\nconnection: close\r\n", 1))
+                while part := await asyncio.wait_for(loop.sock_recv(app, 2**16), TIMEOUT_S):
+                    received += part
+                    await asyncio.sleep(0.01)
+            assert time.monotonic() - start > 1.5
+            assert received.count(b"x") >= 12 * 2**20
+            assert received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n" if is_streamed else b'x"')
+
+    run(main())
+    assert "without completing response" not in caplog.text
 
 
 def test_an_app_that_reads_nothing_is_given_up(tmp_path: Path) -> None:

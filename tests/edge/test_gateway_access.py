@@ -39,6 +39,19 @@ KEYED = replace(OPEN, key="sesame")
         ({"host": "127.0.0.1.evil.example:8787"}, "wrong_host"),
         ({"host": "[::1"}, "wrong_host"),
         ({"host": "0.0.0.0:8787"}, "wrong_host"),
+        ({"host": "evil.example@127.0.0.1:8787"}, "wrong_host"),
+        ({"host": "evil.example:80@127.0.0.1"}, "wrong_host"),
+        ({"host": "127.0.0.1:8787/evil.example"}, "wrong_host"),
+        ({"host": "127.0.0.1?evil.example"}, "wrong_host"),
+        ({"host": "127.0.0.1#evil.example"}, "wrong_host"),
+        ({"host": "127.0.0.1, evil.example"}, "wrong_host"),
+        ({"host": " 127.0.0.1"}, "wrong_host"),
+        ({"host": "127.0.0.1\n"}, "wrong_host"),
+        ({"host": "127.0.0.1\t:8787"}, "wrong_host"),
+        ({"host": "127.0.0.1:"}, "wrong_host"),
+        ({"host": "127.0.0.1:x"}, "wrong_host"),
+        ({"host": "::1"}, "wrong_host"),
+        ({"host": "[localhost]"}, "wrong_host"),
         ({"host": "127.0.0.1:8787", "origin": "https://evil.example"}, "wrong_origin"),
         ({"host": "127.0.0.1:8787", "origin": "null"}, "wrong_origin"),
         ({"host": "127.0.0.1:8787", "origin": ""}, "wrong_origin"),
@@ -54,10 +67,23 @@ def test_without_a_key_web_pages_are_kept_out(headers: dict[str, str], code: str
         assert error is None or error.status == 403
 
 
+@pytest.mark.parametrize(("site", "code"), [("none", None), ("same-origin", None), ("same-site", "wrong_origin"),
+                                            ("cross-site", "wrong_origin"), ("", "wrong_origin")])  # fmt: skip
+def test_what_browsers_ask_without_an_origin_is_kept_out_too(site: str, code: str | None) -> None:
+    """Images, scripts and navigation, of which the page sees nothing, but which would reach the server."""
+    headers = {"host": "127.0.0.1:8787", "sec-fetch-site": site, "sec-fetch-mode": "no-cors"}
+    for path in ("/v1/chat/completions", "/v1/models", "/anything"):
+        error = refusal(path, headers, OPEN)
+        assert (error and error.code) == code
+    assert refusal("/healthz", headers, OPEN) is None
+    assert refusal("/v1/models", {**headers, "authorization": "Bearer sesame"}, KEYED) is None
+
+
 @pytest.mark.parametrize(
     ("authorization", "status"),
-    [("Bearer sesame", None), ("Bearer sesam", 401), ("Bearer sesame ", 401), ("sesame", 401), ("bearer sesame", 401),
-     ("Bearer ", 401), ("", 401), ("Bearer \xe9", 401), (None, 401)],
+    [("Bearer sesame", None), ("bearer sesame", None), ("BEARER  sesame", None), ("Bearer sesam", 401), ("Bearer sesame ", 401),
+     ("Bearer Sesame", 401), ("sesame", 401), ("Bearersesame", 401), ("Basic sesame", 401), (" sesame", 401), ("Bearer ", 401),
+     ("Bearer", 401), ("", 401), ("Bearer \xe9", 401), (None, 401)],
 )  # fmt: skip
 def test_with_a_key_it_is_the_key_that_counts(authorization: str | None, status: int | None) -> None:
     headers = {"host": "device.example", "origin": "https://app.example"}
@@ -72,9 +98,10 @@ def test_with_a_key_it_is_the_key_that_counts(authorization: str | None, status:
 def test_both_over_real_sockets(tmp_path: Path) -> None:
     async def main() -> None:
         async with device(tmp_path) as at:
-            for headers in ({"host": "evil.example"}, {"origin": "https://evil.example"}):
+            for headers in ({"host": "evil.example"}, {"origin": "https://evil.example"}, {"sec-fetch-site": "cross-site"}):
                 answer = await at.app.post("/chat/completions", json={}, headers=headers)
                 assert answer.status_code == 403
+                assert (await at.app.get("/models", headers=headers)).status_code == 403
                 preflight = await at.app.options("/chat/completions", headers=headers)
                 assert preflight.status_code == 403
                 assert "access-control-allow-origin" not in preflight.headers
@@ -85,8 +112,9 @@ def test_both_over_real_sockets(tmp_path: Path) -> None:
             assert (await at.app.get("/models")).status_code == 401
             assert (await at.app.get("../healthz")).status_code == 200
             assert not at.server.received
-            at.app.headers["authorization"] = "Bearer sesame"
-            assert (await at.chat()).status_code == 200
+            for scheme in ("Bearer", "bearer"):
+                at.app.headers["authorization"] = f"{scheme} sesame"
+                assert (await at.chat()).status_code == 200
 
     run(main())
 
@@ -170,6 +198,10 @@ def test_no_gateway_is_the_default() -> None:
         ("127.0.0.1:8787", "ftp://server/v1", "server"),
         ("127.0.0.1:8787", "http://", "server"),
         ("127.0.0.1:8787", "http://server:99999/v1", "server"),
+        ("127.0.0.1:8787", "http://1.2.3.999:8000/v1", "server"),
+        ("127.0.0.1:8787", "http://[v1.a]:8000/v1", "server"),
+        ("127.0.0.1:8787", "http://xn--a/v1", "server"),
+        ("127.0.0.1:8787", f"http://server/{'v' * 2**16}", "server"),
         ("127.0.0.1:8787", "http://me:sesame@server/v1", "server"),
         ("127.0.0.1:8787", "http://server/v1?key=x", "server"),
         ("127.0.0.1:8787", "http://server/v1#x", "server"),

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import time
 from typing import Any
 
 import pytest
@@ -74,6 +75,20 @@ def test_an_event_that_does_not_end_is_refused(monkeypatch: pytest.MonkeyPatch) 
     assert list(events.feed(b"x" * 100)) == []
     with pytest.raises(GatewayError, match="more than 100 bytes"):
         list(events.feed(b"x"))
+
+
+def test_a_long_event_in_small_pieces_takes_no_longer_than_its_length() -> None:
+    events, event = Events(), b"data: " + b"x" * (8 * 2**20) + b"\n\n"
+    start = time.process_time()
+    found = [whole for i in range(0, len(event), 128) for whole in events.feed(event[i : i + 128])]
+    assert time.process_time() - start < 2
+    assert found == [event]
+
+
+def test_many_events_in_one_piece_take_no_longer_than_their_length() -> None:
+    start = time.process_time()
+    assert cut([b"data: x\n\n" * 10**6]) == [b"data: x\n\n"] * 10**6 + [b""]
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize(

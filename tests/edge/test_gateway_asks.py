@@ -1,6 +1,7 @@
 """An app's request taken apart: what is forwarded, byte for byte, and what is refused before anything leaves."""
 
 import json
+import tracemalloc
 from typing import Any
 
 import msgspec
@@ -126,10 +127,28 @@ def test_a_model_that_the_server_would_steer_is_not_asked_plainly() -> None:
         ({"prompt": ["x", "y"], "n": 2}, 4),
         ({"prompt": [1, 2, 3]}, 1),
         ({"prompt": [[1, 2], [3]]}, 2),
+        ({"prompt": [[], [1], []], "n": 2}, 6),
+        ({"prompt": ["[1]"]}, 1),
+        ({"prompt": '["x", "y"]'}, 1),
+        ({"prompt": [-1, 2]}, 1),
+        ({"prompt": []}, 1),
+        ({"prompt": None}, 1),
     ],
 )
-def test_streams_are_counted_as_the_server_makes_them(fields: dict[str, Any], num_streams: int) -> None:
-    assert parse_ask(json.dumps(fields).encode()).num_streams == num_streams
+@pytest.mark.parametrize("indent", [None, 1])
+def test_streams_are_counted_as_the_server_makes_them(fields: dict[str, Any], num_streams: int, indent: int | None) -> None:
+    assert parse_ask(json.dumps(fields, indent=indent).encode()).num_streams == num_streams
+
+
+@pytest.mark.parametrize("prompt", [[*range(10**6)], [[*range(10**6)]]])
+def test_token_ids_are_not_decoded(prompt: list[Any]) -> None:
+    body = json.dumps({"prompt": prompt}).encode()
+    tracemalloc.start()
+    try:
+        assert parse_ask(body).num_streams == 1
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
 
 
 def test_nothing_shows_what_an_ask_holds() -> None:

@@ -85,23 +85,27 @@ class Events:
     """Cuts a stream of bytes into events, which joined are again the stream."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest = bytearray()
+        self._searched = 0  # how much of it has been searched
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         """The events that ``chunk`` completes. Raises GatewayError if one is longer than 16 MiB."""
-        start, searched = 0, max(0, len(self._rest) - 4)  # an end of event has up to 4 bytes
-        stream = self._rest + chunk
-        for found in _END_OF_EVENT.finditer(stream, searched):
-            yield stream[start : found.end()]
-            start = found.end()
-        self._rest = stream[start:]
+        self._rest += chunk
+        while found := _END_OF_EVENT.search(self._rest, self._searched):
+            yield self._take(found.end())
+        self._searched = max(0, len(self._rest) - 4)  # an end of event has up to 4 bytes
         if len(self._rest) > MAX_EVENT_BYTES:
             raise GatewayError(502, "bad_answer", f"the server sent an event of more than {MAX_EVENT_BYTES} bytes")
 
     def end(self) -> bytes:
         """What is left at the end of the stream: mostly nothing."""
-        rest, self._rest = self._rest, b""
-        return rest
+        return self._take(len(self._rest))
+
+    def _take(self, num_bytes: int) -> bytes:
+        taken = bytes(self._rest[:num_bytes])
+        del self._rest[:num_bytes]
+        self._searched = 0
+        return taken
 
 
 def is_done(event: bytes) -> bool:

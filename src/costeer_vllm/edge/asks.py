@@ -1,5 +1,6 @@
 """What an app asks of the gateway: the body of its request taken apart, and put together again without what is private."""
 
+import re
 import unicodedata
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ ALIAS_SUFFIX = "+costeer"  # of the model names with which a server steers reque
 OURS = ("worker", "key", "context_ref")  # fields of costeer that the gateway fills in
 
 _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_IS_LIST_OF_PROMPTS = re.compile(rb"\s*\[\s*[\"\[{]").match  # each a text, a list of token ids or an object
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -105,8 +108,6 @@ def _num_streams(fields: dict[str, msgspec.Raw]) -> int:
     n = _decode(fields["n"]) if "n" in fields else None
     if n is not None and (isinstance(n, bool) or not isinstance(n, int)):  # servers take "2" and 2.0 for a number, too
         raise InvalidParameter("n", n, "a whole number")
-    prompt = _decode(fields["prompt"]) if "prompt" in fields else None
-    num_prompts = 1
-    if isinstance(prompt, list) and not all(isinstance(token, int) for token in prompt):
-        num_prompts = len(prompt)
+    prompt = fields.get("prompt")
+    num_prompts = len(_decode_list(prompt)) if prompt is not None and _IS_LIST_OF_PROMPTS(prompt) else 1
     return (n if n is not None and n > 0 else 1) * num_prompts

@@ -1,4 +1,4 @@
-"""The gateway's two POST routes: from an app's request to the last byte of its answer.
+"""The gateway's routes to the server: from an app's request to the last byte of its answer.
 
 Everything happens in one coroutine, so that all it takes (places, a ref, an account, a connection to the server) is given back at
 its end, also when the app hangs up: then the server is hung up on as well, and aborts the request.
@@ -6,17 +6,27 @@ its end, also when the app hangs up: then the server is hung up on as well, and 
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import httpx
+import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
 from costeer_vllm.edge.accounts import Account, Accounts
-from costeer_vllm.edge.answers import Events, GatewayError, costeer_event, costeer_object, event_data, is_done, with_costeer
-from costeer_vllm.edge.asks import Ask, parse_ask
+from costeer_vllm.edge.answers import (
+    UNREADABLE,
+    Events,
+    GatewayError,
+    costeer_event,
+    costeer_object,
+    event_data,
+    is_done,
+    with_costeer,
+)
+from costeer_vllm.edge.asks import ALIAS_SUFFIX, Ask, parse_ask
 from costeer_vllm.edge.context import ContextRefused, PrivateContexts
 from costeer_vllm.edge.tasks import first_of
 from costeer_vllm.edge.upstream import Patience, Upstream, passed_down
@@ -24,13 +34,16 @@ from costeer_vllm.errors import InvalidParameter
 from costeer_vllm.request import FIELDS
 
 MAX_BODY_BYTES = 16 * 2**20
+MAX_BODIES_BYTES = 64 * 2**20  # of all requests that are being read or answered
+MAX_BYTES_PARSED_HERE = 2**20  # longer ones are parsed in a thread, so that other answers go on
+PART_BYTES = 64 * 2**10  # of an answer, which an app must take in time
 
 Costeer: TypeAlias = Callable[[], Awaitable[dict[str, Any]]]  # the answer's costeer object, once its counts are known
 
 
 @dataclass(slots=True)
 class Device:
-    """What both routes share."""
+    """What all routes share."""
 
     worker: str
     steering_key: str | None
@@ -40,6 +53,7 @@ class Device:
     upstream: Upstream
     patience: Patience
     num_taken: int = 0  # places: one for a request that is being read, then one for every stream of it
+    num_bytes: int = 0  # of the bodies of these requests
 
     @contextlib.contextmanager
     def places(self, count: int) -> Iterator[None]:
@@ -53,9 +67,47 @@ class Device:
         finally:
             self.num_taken -= count
 
+    @contextlib.contextmanager
+    def room(self) -> Iterator[Callable[[int], None]]:
+        """Gives a function that takes room for so many bytes more, to be held while the block runs; it raises GatewayError."""
+        held = 0
+
+        def take(num_bytes: int) -> None:
+            nonlocal held
+            if self.num_bytes + num_bytes > MAX_BODIES_BYTES:
+                sentence = f"the requests on this device are longer than {MAX_BODIES_BYTES} bytes together: try again later"
+                raise GatewayError(429, "busy", sentence)
+            self.num_bytes += num_bytes
+            held += num_bytes
+
+        try:
+            yield take
+        finally:
+            self.num_bytes -= held
+
+
+class Models:
+    """The route of the server's models, as an ASGI application."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request; raises nothing that an app could cause."""
+        reply, request = Reply(send, self._device.patience.client_s), Request(scope, receive)
+        async with _failures_told(reply):
+            with self._device.places(1):
+                await first_of(self._answer(request.headers, reply), _gone(receive))
+
+    async def _answer(self, headers: Mapping[str, str], reply: "Reply") -> None:
+        upstream = self._device.upstream
+        async with upstream.asked("GET", "/models", headers) as response:
+            whole = await upstream.read(response)
+        await reply.whole(response.status_code, passed_down(response), _without_aliases(whole))
+
 
 class Completions:
-    """One of the routes, as an ASGI application."""
+    """One of the routes with a body, as an ASGI application."""
 
     def __init__(self, device: Device, path: str) -> None:
         """``path``: of the same route below the server's base URL."""
@@ -64,24 +116,23 @@ class Completions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; raises nothing that an app could cause."""
         reply, request = Reply(send, self._device.patience.client_s), Request(scope, receive)
-        try:
-            with self._device.places(1):
-                body = await _read_body(request, self._device.patience.client_s)
+        async with _failures_told(reply):
+            with self._device.places(1), self._device.room() as take:
+                body = await _read_body(request, self._device.patience.client_s, take)
                 await first_of(self._answer(request.headers, body, reply), _gone(receive))
-        except ClientDisconnect:
-            return
-        except GatewayError as error:
-            with contextlib.suppress(ClientDisconnect):
-                await reply.fail(error)
 
     async def _answer(self, headers: Mapping[str, str], body: bytes, reply: "Reply") -> None:
-        ask, device = _parse(body), self._device
+        ask = _parse(body) if len(body) <= MAX_BYTES_PARSED_HERE else await asyncio.to_thread(_parse, body)
+        device = self._device
         if ask.steering is None:
             return await self._relay(headers, ask.plain(), reply, None)
         contexts = device.steerable()
         if contexts is None:
             sentence = "the edge worker is not attached to its hub (see its log), so it cannot steer: try again, or ask with "
             raise GatewayError(503, "not_attached", f'{sentence}"costeer": false for the plain answer')
+        if ask.num_streams > device.max_streams:
+            sentence = f"n for every prompt makes {ask.num_streams} answers; this device gives at most {device.max_streams}"
+            raise GatewayError(400, "bad_parameter", sentence, "n")
         more = device.places(ask.num_streams - 1)
         with more, _ref(contexts, ask.context) as ref, device.accounts.account(ref, ask.num_streams) as account:
             body = ask.steered(device.worker, device.steering_key, ref)
@@ -100,28 +151,35 @@ class Completions:
             whole = await upstream.read(response)
         if costeer is not None and response.is_success:
             whole = with_costeer(whole, await costeer())
-        await reply.start(response.status_code, passed_down(response), len(whole))
-        await reply.send(whole)
-        await reply.end()
+        await reply.whole(response.status_code, passed_down(response), whole)
 
     async def _relay_events(self, response: httpx.Response, reply: "Reply", costeer: Costeer | None) -> None:
         """Every event as soon as it is whole, and one more before [DONE]. A stream without [DONE] was broken off."""
         await reply.start(response.status_code, passed_down(response))
-        upstream, events, first, is_whole = self._device.upstream, Events(), b"", False
-        try:
-            with upstream.failures_told():
-                async for chunk in response.aiter_bytes():
-                    for event in events.feed(chunk):
-                        first = first or event_data(event)
-                        is_whole |= await _send_event(event, first, reply, costeer)
-        except GatewayError:
-            if not is_whole:  # else there is nothing that the app could miss
-                raise
-        rest = events.end()
-        if not (is_whole or is_done(rest)):  # half an event is none
-            raise GatewayError(502, "server_broke_off", "the server ended its stream in the middle")
-        await _send_event(rest, first, reply, costeer)
+        events, first = Events(), b""
+        whole_ones = self._whole_events(response, events)
+        async for event in whole_ones:
+            first = first or event_data(event)
+            if is_done(event):
+                break
+            await reply.send(event)
+        else:
+            event = events.end()
+            if not is_done(event):  # half an event is none
+                raise GatewayError(502, "server_broke_off", "the server ended its stream in the middle")
+        if costeer is not None:
+            await reply.send(costeer_event(first, await costeer()))
+        await reply.send(event)
+        with contextlib.suppress(GatewayError, asyncio.TimeoutError):  # there is nothing more that the app could miss
+            await asyncio.wait_for(_pass_on(whole_ones, reply), self._device.patience.end_s)
+        await reply.send(events.end())
         await reply.end()
+
+    async def _whole_events(self, response: httpx.Response, events: Events) -> AsyncIterator[bytes]:
+        with self._device.upstream.failures_told():
+            async for chunk in response.aiter_bytes():
+                for event in events.feed(chunk):
+                    yield event
 
 
 class Reply:
@@ -138,21 +196,28 @@ class Reply:
         self._is_started = True
         await self._pass({"type": "http.response.start", "status": status, "headers": raw})
 
-    async def send(self, part: bytes) -> None:
-        """A part of the body."""
-        await self._pass({"type": "http.response.body", "body": part, "more_body": True})
+    async def send(self, piece: bytes) -> None:
+        """A piece of the body; there is patience for each of its parts."""
+        for start in range(0, len(piece), PART_BYTES):
+            part = piece[start : start + PART_BYTES]
+            await self._pass({"type": "http.response.body", "body": part, "more_body": True})
 
     async def end(self) -> None:
         """The answer is whole."""
         await self._pass({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def fail(self, error: GatewayError) -> None:
-        """The error is the answer; in the middle of a stream of events it is the last of them."""
-        body = error.event() if self._is_started else error.body()
-        if not self._is_started:
-            await self.start(error.status, {"content-type": "application/json"}, len(body))
+    async def whole(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        """All of an answer that is not streamed."""
+        await self.start(status, headers, len(body))
         await self.send(body)
         await self.end()
+
+    async def fail(self, error: GatewayError) -> None:
+        """The error is the answer; in the middle of a stream of events it is the last of them."""
+        if not self._is_started:
+            return await self.whole(error.status, {"content-type": "application/json"}, error.body())
+        await self.send(error.event())
+        return await self.end()
 
     async def _pass(self, message: dict[str, Any]) -> None:
         try:
@@ -161,14 +226,33 @@ class Reply:
             raise ClientDisconnect from None
 
 
-async def _send_event(event: bytes, first: bytes, reply: Reply, costeer: Costeer | None) -> bool:
-    """Pass an event on, and the costeer object before the last; returns whether it is the last."""
-    is_last = is_done(event)
-    if is_last and costeer is not None:
-        await reply.send(costeer_event(first, await costeer()))
-    if event:
+@contextlib.asynccontextmanager
+async def _failures_told(reply: Reply) -> AsyncIterator[None]:
+    """Why the block fails is told to the app, if it is still there."""
+    try:
+        yield
+    except ClientDisconnect:
+        return
+    except GatewayError as error:
+        with contextlib.suppress(ClientDisconnect):
+            await reply.fail(error)
+
+
+async def _pass_on(events: AsyncIterator[bytes], reply: Reply) -> None:
+    async for event in events:
         await reply.send(event)
-    return is_last
+
+
+def _without_aliases(body: bytes) -> bytes:
+    """The server's list of models, which here need no other name to be steered."""
+    try:
+        answer = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        models = msgspec.json.decode(answer["data"], type=list[msgspec.Raw])
+        names = [str(msgspec.json.decode(model, type=dict[str, Any]).get("id")) for model in models]
+    except (KeyError, *UNREADABLE):
+        return body
+    kept = [model for model, name in zip(models, names, strict=True) if not name.endswith(ALIAS_SUFFIX)]
+    return msgspec.json.encode({**answer, "data": kept})
 
 
 def _parse(body: bytes) -> Ask:
@@ -176,7 +260,7 @@ def _parse(body: bytes) -> Ask:
         return parse_ask(body)
     except InvalidParameter as error:
         is_inside = error.field in (*FIELDS, "context")
-        field = f"costeer.{error.field}" if is_inside else "model" if error.field == "model" else "costeer"
+        field = f"costeer.{error.field}" if is_inside else error.field if error.field in ("model", "n") else "costeer"
         raise GatewayError(400, "bad_parameter", str(error), field) from None
 
 
@@ -193,7 +277,8 @@ def _ref(contexts: PrivateContexts, context: str | None) -> Iterator[str]:
         contexts.forget(ref)
 
 
-async def _read_body(request: Request, patience_s: float) -> bytes:
+async def _read_body(request: Request, patience_s: float, take: Callable[[int], None]) -> bytes:
+    """The body, for each part of which ``take`` takes room."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise GatewayError(415, "bad_content_type", "the content-type must be application/json")
     too_long = GatewayError(413, "too_long", f"the request is longer than {MAX_BODY_BYTES} bytes")
@@ -204,9 +289,10 @@ async def _read_body(request: Request, patience_s: float) -> bytes:
     async def read() -> bytes:
         body = bytearray()
         async for part in request.stream():
-            body += part
-            if len(body) > MAX_BODY_BYTES:
+            if len(body) + len(part) > MAX_BODY_BYTES:
                 raise too_long
+            take(len(part))
+            body += part
         return bytes(body)
 
     try:

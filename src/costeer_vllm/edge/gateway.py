@@ -1,18 +1,17 @@
 """The gateway: an OpenAI-compatible endpoint on the device, in the edge worker's process and event loop.
 
 Apps talk to it as they would to the server. It forwards the plain query with the right ``costeer`` object; the private context
-stays here. The two routes with a body are in ``completions.py``; here is who may use them, and how they are served.
+stays here. The routes to the server are in ``completions.py``; here is who may use them, and how they are served.
 """
 
 import asyncio
 import contextlib
+import functools
 import logging
+import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
-from urllib.parse import urlsplit
 
-import msgspec
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from starlette.datastructures import Headers
@@ -21,13 +20,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from costeer_vllm import __version__
 from costeer_vllm.edge.accounts import Accounts
-from costeer_vllm.edge.answers import UNREADABLE, GatewayError
-from costeer_vllm.edge.asks import ALIAS_SUFFIX
-from costeer_vllm.edge.completions import Completions, Device
+from costeer_vllm.edge.answers import GatewayError
+from costeer_vllm.edge.completions import Completions, Device, Models
+from costeer_vllm.edge.connections import Connection
 from costeer_vllm.edge.context import PrivateContexts
 from costeer_vllm.edge.prompts import where
 from costeer_vllm.edge.settings import EdgeSettings, GatewaySettings
-from costeer_vllm.edge.upstream import Patience, Upstream, passed_down
+from costeer_vllm.edge.upstream import Patience, Upstream
 from costeer_vllm.errors import InvalidParameter
 from costeer_vllm.protocol import keys
 
@@ -72,9 +71,10 @@ class Gateway:
 
     async def serve(self) -> None:
         """Answer apps until this is cancelled; then they get two seconds to take what they are being sent."""
+        most = self._device.max_streams + SPARE_CONNECTIONS
         config = uvicorn.Config(
             _guarded(self._app(), self._settings),
-            http="h11",  # which bounds the head of a request
+            http=functools.partial(Connection, self._device.patience.client_s, most),  # type: ignore[arg-type]
             lifespan="off",
             ws="none",
             log_config=None,
@@ -82,7 +82,6 @@ class Gateway:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=self._device.max_streams + SPARE_CONNECTIONS,
             timeout_graceful_shutdown=2,
         )
         server = _Server(config)
@@ -101,6 +100,7 @@ class Gateway:
 
     def _app(self) -> FastAPI:
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+        app.add_route("/v1/models", Models(self._device), methods=["GET"])  # type: ignore[arg-type]
         for path in ("/chat/completions", "/completions"):
             app.add_route(f"/v1{path}", Completions(self._device, path), methods=["POST"])  # type: ignore[arg-type]
         app.add_exception_handler(GatewayError, _told)
@@ -110,12 +110,6 @@ class Gateway:
         @app.get("/healthz")
         async def healthz() -> dict[str, str | bool]:
             return {"status": "ok", "version": __version__, "attached": self._device.steerable() is not None}
-
-        @app.get("/v1/models")
-        async def models(request: Request) -> Response:
-            async with self._upstream.asked("GET", "/models", request.headers) as response:
-                body = await self._upstream.read(response)
-            return Response(_without_aliases(body), response.status_code, passed_down(response))
 
         return app
 
@@ -135,18 +129,6 @@ def _listen(settings: GatewaySettings) -> socket.socket:
     except OSError as error:
         address = f"{settings.host}:{settings.port}"
         raise InvalidParameter("gateway", address, f"an address that can be used ({error.strerror})") from None
-
-
-def _without_aliases(body: bytes) -> bytes:
-    """The server's list of models, which here need no other name to be steered."""
-    try:
-        answer = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-        models = msgspec.json.decode(answer["data"], type=list[msgspec.Raw])
-        names = [str(msgspec.json.decode(model, type=dict[str, Any]).get("id")) for model in models]
-    except (KeyError, *UNREADABLE):
-        return body
-    kept = [model for model, name in zip(models, names, strict=True) if not name.endswith(ALIAS_SUFFIX)]
-    return msgspec.json.encode({**answer, "data": kept})
 
 
 # --- who may ask ---
@@ -173,26 +155,27 @@ def _guarded(app: ASGIApp, settings: GatewaySettings) -> ASGIApp:
 def refusal(path: str, headers: Mapping[str, str], settings: GatewaySettings) -> GatewayError | None:
     """Why a request is not answered: it lacks the key or, where there is none, a web page may have sent it.
 
-    A page of any site can make its visitor's browser ask a loopback address: it says so in ``Origin``, or, if the site's own name
-    leads to that address (DNS rebinding), in ``Host``.
+    A page of any site can make its visitor's browser ask a loopback address: it says so in ``Origin`` and ``Sec-Fetch-Site`` (of
+    what needs no permission, as images do, only in the latter), or, if the site's own name leads to that address (DNS rebinding),
+    in ``Host``.
     """
     if settings.key is not None:
-        if path == "/healthz" or keys.same(headers.get("authorization", ""), f"Bearer {settings.key}"):
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if path == "/healthz" or (scheme.lower() == "bearer" and keys.same(key.lstrip(" "), settings.key)):
             return None
         return GatewayError(401, "wrong_key", "the gateway's key is missing or wrong: give it to the app as its API key")
     host, origin = headers.get("host", ""), headers.get("origin")
     if _host_name(host) not in ("localhost", "127.0.0.1", "::1", settings.host):
         return GatewayError(403, "wrong_host", "the gateway answers to its loopback address only, not to this Host")
-    if origin is not None and origin != f"http://{host}":
+    is_elsewhere = path != "/healthz" and headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+    if is_elsewhere or (origin is not None and origin != f"http://{host}"):
         return GatewayError(403, "wrong_origin", "web pages may not use the gateway (unless it has a key: --gateway-key)")
     return None
 
 
 def _host_name(host: str) -> str | None:
-    try:
-        return urlsplit(f"//{host}").hostname
-    except ValueError:
-        return None
+    found = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::[0-9]{1,5})?", host.lower())
+    return found and (found[1] or found[2])
 
 
 async def _told(_: Request, error: Exception) -> Response:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias, get_args
 from urllib.parse import urlsplit, urlunsplit
 
+import httpx
+
 from costeer_vllm.addresses import is_loopback
 from costeer_vllm.errors import InvalidParameter
 from costeer_vllm.protocol.messages import Fusion
@@ -133,7 +135,8 @@ def check_server(server: str) -> None:
         parts = urlsplit(server)
         is_usable = parts.scheme in ("http", "https") and bool(re.fullmatch(r"[A-Za-z0-9._:%-]+", parts.hostname or ""))
         _ = parts.port  # raises ValueError outside 0-65535
-    except ValueError:
+        _ = httpx.URL(server).host  # raises what would be raised at every request
+    except (ValueError, httpx.InvalidURL):
         is_usable = False
     if not is_usable or "@" in parts.netloc or parts.query or parts.fragment or not server.isascii() or not server.isprintable():
         shown = server if "@" not in server else "one with a user name"

@@ -24,6 +24,7 @@ class Patience:
     answer_s: float = 600.0  # for the next byte of the server, as the openai client does
     client_s: float = 60.0  # for the app to send its request, and to take the next part of the answer
     counts_s: float = 2.0  # for the engine's counts, after the answer
+    end_s: float = 5.0  # for the server to end a stream, after its [DONE]
 
 
 class Upstream:
