@@ -29,10 +29,11 @@ DEFAULT_CANDIDATES = 64
 MAX_REQUEST_ID = 160  # characters; a stream's id is the request's and a suffix
 _STEERING_FIELDS = ("T", "alpha", "beta", "lambda", "eta")
 _EDGE_FIELDS = ("candidates", "rounding", "max_bits")  # of edge fusion only
-NUMBERS = (*_STEERING_FIELDS, "strength", "confidence", *_EDGE_FIELDS, "deadline_ms")
+STRENGTH_FIELDS = (*_STEERING_FIELDS, "strength")
+NUMBERS = (*STRENGTH_FIELDS, "confidence", *_EDGE_FIELDS, "deadline_ms")
 FIELDS = (
     *("worker", "key", "context_ref", "fusion"),
-    *(*_STEERING_FIELDS, "strength", "confidence"),
+    *(*STRENGTH_FIELDS, "confidence"),
     *_EDGE_FIELDS,
     *("on_missing", "deadline_ms"),
 )

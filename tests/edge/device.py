@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 
 from costeer_vllm.edge.accounts import Accounts
+from costeer_vllm.edge.books import Books
 from costeer_vllm.edge.context import PrivateContexts
 from costeer_vllm.edge.gateway import Gateway
 from costeer_vllm.edge.settings import EdgeSettings, gateway_settings
@@ -28,6 +29,7 @@ class Device:
     """``steerable``: None while the worker is not attached."""
 
     server: Upstream
+    books: Books
     accounts: Accounts
     contexts: PrivateContexts
     steerable: PrivateContexts | None
@@ -58,7 +60,8 @@ async def device(folder: Path, server: str | None = None, patience: Patience = Q
     context = folder / "me.md"
     if not context.exists():
         context.write_text("I am Wilhelmina.", encoding="utf-8")
-    contexts, accounts = PrivateContexts.load(str(context)), Accounts()
+    contexts, books = PrivateContexts.load(str(context)), Books()
+    accounts = books.accounts
     keys = {name: options.pop(name, None) for name in ("key", "server_key")}
     async with upstream() as up:
         address = options.pop("address", "127.0.0.1:0")
@@ -66,10 +69,10 @@ async def device(folder: Path, server: str | None = None, patience: Patience = Q
             **{"hub": "127.0.0.1:1", "name": "laptop", "model": "tiny", "context": str(context), **options},
             gateway=gateway_settings(address, server or up.url, **keys),
         )
-        gateway = Gateway(settings, lambda: found.steerable, accounts, patience)
+        gateway = Gateway(settings, lambda: found.steerable, books, patience)
         serving = asyncio.create_task(gateway.serve())
         async with httpx.AsyncClient(base_url=gateway.url, trust_env=False, timeout=TIMEOUT_S) as app:
-            found = Device(up, accounts, contexts, contexts, gateway, app)
+            found = Device(up, books, accounts, contexts, contexts, gateway, app)
             try:
                 yield found
             finally:

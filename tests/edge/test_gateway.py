@@ -66,7 +66,7 @@ def test_an_answer_and_its_account(tmp_path: Path) -> None:
                 **ANSWER,
                 "costeer": {
                     "worker": "laptop", "fusion": "cloud", "strength": pytest.approx(1 / 2.1), "tokens_steered": 7,
-                    "tokens_missed": 1, "bytes_up": 1000, "bytes_down": 100,
+                    "tokens_missed": 1, "bytes_up": 1000, "bytes_down": 100, "disclosed_bits": None,
                 },
             }  # fmt: skip
             assert answer.headers["x-request-id"] == "7"
@@ -383,9 +383,9 @@ def test_the_bodies_of_all_requests_are_bounded_together(tmp_path: Path, monkeyp
 def test_long_requests_are_taken_apart_in_a_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[threading.Thread] = []
 
-    def watched(body: bytes) -> Any:
+    def watched(*body: Any) -> Any:
         threads.append(threading.current_thread())
-        return parse_ask(body)
+        return parse_ask(*body)
 
     monkeypatch.setattr(completions, "parse_ask", watched)
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from costeer_vllm.edge import answers
 from costeer_vllm.edge.accounts import Account
 from costeer_vllm.edge.answers import Events, GatewayError, costeer_event, costeer_object, is_done, with_costeer
+from costeer_vllm.request import parse_options
 
 LINES = st.sampled_from([b"", b"data: {}", b"data: [DONE]", b"data:x", b": hm", b"event: error", b"id", b"data", b"\xff\xfe"])
 STREAMS = st.lists(st.tuples(LINES, st.sampled_from([b"\n", b"\r", b"\r\n"])), max_size=20).map(
@@ -145,7 +146,15 @@ def test_what_is_no_object_stays_as_it_is(answer: bytes) -> None:
     ],
 )
 def test_counts_are_those_of_all_tokens_or_null_with_a_note(account: Account, counts: tuple[Any, Any], note: str | None) -> None:
-    found = costeer_object(account, "laptop", 1.5)
+    found = costeer_object(account, "laptop", parse_options({"strength": 1.5}), 0.0)
     assert (found["tokens_steered"], found["tokens_missed"]) == counts
     assert (found["worker"], found["fusion"], found["strength"]) == ("laptop", "cloud", 1.5)
     assert (note in found["note"]) if note else ("note" not in found)
+    assert found["disclosed_bits"] is None
+    assert "max_bits" not in found
+
+
+def test_what_an_edge_fused_answer_told_is_told() -> None:
+    account = Account(1, num_over=1, tokens_steered=5, num_answers=5)
+    found = costeer_object(account, "laptop", parse_options({"fusion": "edge", "max_bits": 20}), 3.14159)
+    assert (found["fusion"], found["disclosed_bits"], found["max_bits"]) == ("edge", 3.142, 20)

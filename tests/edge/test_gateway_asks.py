@@ -57,7 +57,24 @@ def test_without_options_a_request_is_steered_by_the_defaults(body: bytes) -> No
     ask = parse_ask(body)
     assert ask.steering is not None
     assert ask.context is None
-    assert ask.strength == pytest.approx(1.783, abs=1e-3)
+    assert ask.options is not None
+    assert ask.options.strength == pytest.approx(1.783, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("costeer", "expected"),
+    [
+        (None, {"fusion": "edge", "strength": 0.5}),
+        ({}, {"fusion": "edge", "strength": 0.5}),
+        ({"fusion": "cloud"}, {"fusion": "cloud", "strength": 0.5}),
+        ({"fusion": None, "T": 2}, {"fusion": "edge", "T": 2}),
+        ({"strength": 2}, {"fusion": "edge", "strength": 2}),
+        ({"max_bits": 7}, {"fusion": "edge", "strength": 0.5, "max_bits": 7}),
+    ],
+)
+def test_what_an_app_does_not_say_is_preset(costeer: Any, expected: dict[str, Any]) -> None:
+    ask = parse_ask(json.dumps({"costeer": costeer}).encode(), {"fusion": "edge", "strength": 0.5})
+    assert ask.steering == expected
 
 
 def test_false_asks_for_the_plain_answer() -> None:

@@ -115,7 +115,7 @@ def test_steered_answers_tell_nothing_of_either_context(settings: EdgeSettings, 
             deltas = [message for message in map(_delta, witness.frames) if message and message.position == 0]
             assert len({delta.payload for delta in deltas}) >= 2
             witness.frames.append(bytes(at.server.received))
-            witness.records.texts += [repr(at.worker.__dict__), repr(at.worker._accounts.__dict__)]
+            witness.records.texts += [repr(at.worker.__dict__), repr(at.worker._books.accounts.__dict__)]
 
     scrutinized(main)
     assert any(b"Write an invitation." in frame for frame in witness.frames), "the search itself works"

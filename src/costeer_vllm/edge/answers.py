@@ -8,6 +8,7 @@ import msgspec
 
 from costeer_vllm.edge.accounts import Account
 from costeer_vllm.errors import CoSteerError
+from costeer_vllm.request import Options
 
 MAX_EVENT_BYTES = 16 * 2**20
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what msgspec raises for bytes that are no JSON
@@ -40,17 +41,20 @@ class GatewayError(CoSteerError):
 # --- the costeer object ---
 
 
-def costeer_object(account: Account, worker: str, strength: float) -> dict[str, Any]:
-    """What an answer says of its own steering; counts that nobody told are null."""
+def costeer_object(account: Account, worker: str, options: Options, bits: float) -> dict[str, Any]:
+    """What an answer says of its own steering; counts that nobody told are null. ``bits``: told so far, in edge fusion."""
     found = {
         "worker": worker,
-        "fusion": "cloud",
-        "strength": strength,
+        "fusion": options.fusion,
+        "strength": options.strength,
         "tokens_steered": account.tokens_steered if account.is_complete else None,
         "tokens_missed": account.tokens_missed if account.is_complete else None,
         "bytes_up": account.bytes_up,
         "bytes_down": account.bytes_down,
+        "disclosed_bits": round(bits, 3) if options.fusion == "edge" else None,
     }
+    if options.max_bits is not None:
+        found["max_bits"] = options.max_bits
     if account.num_answers == 0:  # then it is certain, whoever tells
         found["tokens_steered"] = 0
     note = _note(account)

@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import msgspec
 
 from costeer_vllm.edge.answers import UNREADABLE, GatewayError
 from costeer_vllm.errors import InvalidParameter
-from costeer_vllm.request import parse_options
+from costeer_vllm.request import STRENGTH_FIELDS, Options, parse_options
 
 ALIAS_SUFFIX = "+costeer"  # of the model names with which a server steers requests that have no costeer object
 OURS = ("worker", "key", "context_ref")  # fields of costeer that the gateway fills in
@@ -26,7 +27,7 @@ class Ask:
     fields: dict[str, msgspec.Raw]  # as they came, without costeer
     steering: dict[str, Any] | None  # the costeer object without its context; None: the plain answer is wanted
     context: str | None  # None: the worker's own
-    strength: float  # c_T, unitless
+    options: Options | None  # the same, checked
     num_streams: int  # n, for every prompt
 
     def plain(self) -> bytes:
@@ -39,8 +40,8 @@ class Ask:
         return msgspec.json.encode({**self.fields, "costeer": {**(self.steering or {}), **filled_in}})
 
 
-def parse_ask(body: bytes) -> Ask:
-    """The body of a request -> Ask.
+def parse_ask(body: bytes, preset: Mapping[str, Any] | None = None) -> Ask:
+    """The body of a request -> Ask; ``preset`` is what its costeer object says where the app does not.
 
     Raises:
         GatewayError: if it is no JSON object.
@@ -51,15 +52,24 @@ def parse_ask(body: bytes) -> Ask:
     raw = fields.pop("costeer", None)
     costeer = None if raw is None else _decode(raw)
     if costeer is False:
-        return Ask(_without_alias(fields), None, None, 0.0, _num_streams(fields))
+        return Ask(_without_alias(fields), None, None, None, _num_streams(fields))
     context = None
-    if isinstance(costeer, dict):
+    if costeer is None:
+        costeer = dict(preset or {})
+    elif isinstance(costeer, dict):
+        costeer = _completed(costeer, preset or {})
         context = _context(costeer.pop("context", None))
         for name in OURS:
             if costeer.get(name) is not None:
                 raise InvalidParameter(name, "given", "left out: the gateway of the device fills it in")
     options = parse_options(costeer)
-    return Ask(fields, costeer or {}, context, options.strength, _num_streams(fields))
+    return Ask(fields, costeer, context, options, _num_streams(fields))
+
+
+def _completed(costeer: dict[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:
+    says_strength = any(costeer.get(field) is not None for field in STRENGTH_FIELDS)
+    missing = {field: value for field, value in preset.items() if not (field == "strength" and says_strength)}
+    return {**missing, **{field: value for field, value in costeer.items() if value is not None}}
 
 
 def _fields(body: bytes) -> dict[str, msgspec.Raw]:

@@ -28,10 +28,12 @@ from costeer_vllm.edge.answers import (
 )
 from costeer_vllm.edge.asks import ALIAS_SUFFIX, Ask, parse_ask
 from costeer_vllm.edge.context import ContextRefused, PrivateContexts
+from costeer_vllm.edge.disclosure import Disclosures, Promise
 from costeer_vllm.edge.tasks import first_of
 from costeer_vllm.edge.upstream import Patience, Upstream, passed_down
 from costeer_vllm.errors import InvalidParameter
-from costeer_vllm.request import FIELDS
+from costeer_vllm.protocol.messages import Fusion
+from costeer_vllm.request import FIELDS, Options
 
 MAX_BODY_BYTES = 16 * 2**20
 MAX_BODIES_BYTES = 64 * 2**20  # of all requests that are being read or answered
@@ -48,12 +50,21 @@ class Device:
     worker: str
     steering_key: str | None
     max_streams: int
+    fusions: tuple[Fusion, ...]  # that the device consents to
     steerable: Callable[[], PrivateContexts | None]  # the contexts while the edge worker is attached to its hub
     accounts: Accounts
+    disclosures: Disclosures
     upstream: Upstream
     patience: Patience
+    strength: float | None = None  # of requests that say none; None: the paper's
     num_taken: int = 0  # places: one for a request that is being read, then one for every stream of it
     num_bytes: int = 0  # of the bodies of these requests
+
+    @property
+    def preset(self) -> dict[str, Any]:
+        """What a costeer object says where the app does not."""
+        fusion = {} if "cloud" in self.fusions else {"fusion": "edge"}
+        return fusion | ({} if self.strength is None else {"strength": self.strength})
 
     @contextlib.contextmanager
     def places(self, count: int) -> Iterator[None]:
@@ -122,9 +133,9 @@ class Completions:
                 await first_of(self._answer(request.headers, body, reply), _gone(receive))
 
     async def _answer(self, headers: Mapping[str, str], body: bytes, reply: "Reply") -> None:
-        ask = _parse(body) if len(body) <= MAX_BYTES_PARSED_HERE else await asyncio.to_thread(_parse, body)
-        device = self._device
-        if ask.steering is None:
+        device, is_short = self._device, len(body) <= MAX_BYTES_PARSED_HERE
+        ask = _parse(body, device.preset) if is_short else await asyncio.to_thread(_parse, body, device.preset)
+        if ask.options is None:
             return await self._relay(headers, ask.plain(), reply, None)
         contexts = device.steerable()
         if contexts is None:
@@ -133,14 +144,24 @@ class Completions:
         if ask.num_streams > device.max_streams:
             sentence = f"n for every prompt makes {ask.num_streams} answers; this device gives at most {device.max_streams}"
             raise GatewayError(400, "bad_parameter", sentence, "n")
-        more = device.places(ask.num_streams - 1)
-        with more, _ref(contexts, ask.context) as ref, device.accounts.account(ref, ask.num_streams) as account:
+        options = ask.options
+        if options.fusion not in device.fusions:
+            sentence = (
+                "costeer: fusion is 'cloud'; it must be 'edge' or left out: only tokens may leave this device (--tokens-only)"
+            )
+            raise GatewayError(400, "bad_parameter", sentence, "costeer.fusion")
+        promise = Promise(options.fusion, options.max_bits)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(device.places(ask.num_streams - 1))
+            ref = stack.enter_context(_ref(contexts, ask.context))
+            stack.enter_context(device.disclosures.promise(ref, promise))
+            account = stack.enter_context(device.accounts.account(ref, ask.num_streams))
             body = ask.steered(device.worker, device.steering_key, ref)
-            return await self._relay(headers, body, reply, lambda: self._costeer(account, ask))
+            return await self._relay(headers, body, reply, lambda: self._costeer(account, ref, options))
 
-    async def _costeer(self, account: Account, ask: Ask) -> dict[str, Any]:
+    async def _costeer(self, account: Account, ref: str, options: Options) -> dict[str, Any]:
         await account.settle(self._device.patience.counts_s)
-        return costeer_object(account, self._device.worker, ask.strength)
+        return costeer_object(account, self._device.worker, options, self._device.disclosures.bits(ref))
 
     async def _relay(self, headers: Mapping[str, str], body: bytes, reply: "Reply", costeer: Costeer | None) -> None:
         upstream = self._device.upstream
@@ -255,9 +276,9 @@ def _without_aliases(body: bytes) -> bytes:
     return msgspec.json.encode({**answer, "data": kept})
 
 
-def _parse(body: bytes) -> Ask:
+def _parse(body: bytes, preset: Mapping[str, Any]) -> Ask:
     try:
-        return parse_ask(body)
+        return parse_ask(body, preset)
     except InvalidParameter as error:
         is_inside = error.field in (*FIELDS, "context")
         field = f"costeer.{error.field}" if is_inside else error.field if error.field in ("model", "n") else "costeer"

@@ -19,18 +19,20 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from costeer_vllm import __version__
-from costeer_vllm.edge.accounts import Accounts
 from costeer_vllm.edge.answers import GatewayError
+from costeer_vllm.edge.books import Books
 from costeer_vllm.edge.completions import Completions, Device, Models
 from costeer_vllm.edge.connections import Connection
 from costeer_vllm.edge.context import PrivateContexts
+from costeer_vllm.edge.page import Page
 from costeer_vllm.edge.prompts import where
 from costeer_vllm.edge.settings import EdgeSettings, GatewaySettings
 from costeer_vllm.edge.upstream import Patience, Upstream
 from costeer_vllm.errors import InvalidParameter
 from costeer_vllm.protocol import keys
 
-ROUTES = "GET /v1/models, POST /v1/chat/completions, POST /v1/completions and GET /healthz"
+OPEN = ("/", "/healthz")  # without a key, and from wherever a link leads here: they show nothing of anybody
+ROUTES = "GET /v1/models, POST /v1/chat/completions, POST /v1/completions, GET /healthz and the page at /"
 SPARE_CONNECTIONS = 256  # beyond those that max_streams requests take
 STOP_TIMEOUT_S = 5.0
 
@@ -44,12 +46,12 @@ class Gateway:
         self,
         settings: EdgeSettings,
         steerable: Callable[[], PrivateContexts | None],
-        accounts: Accounts,
+        books: Books,
         patience: Patience | None = None,
     ) -> None:
         """Takes the address, so that another program's use of it is told at once.
 
-        ``steerable``: the contexts while the worker is attached to its hub. ``accounts``: sees all of its frames.
+        ``steerable``: the contexts while the worker is attached to its hub. ``books``: see all of its frames.
 
         Raises:
             InvalidParameter: if the address cannot be used.
@@ -60,8 +62,17 @@ class Gateway:
         passes_app_key = self._settings.key is None  # else it is ours
         self._upstream = Upstream(self._settings.server, self._settings.server_key, passes_app_key, patience)
         self._device = Device(
-            settings.name, settings.steering_key, settings.max_streams, steerable, accounts, self._upstream, patience
+            settings.name,
+            settings.steering_key,
+            settings.max_streams,
+            settings.fusions,
+            steerable,
+            books.accounts,
+            books.disclosures,
+            self._upstream,
+            patience,
         )
+        self._page = Page(self._device, settings, books)
 
     @property
     def url(self) -> str:
@@ -103,6 +114,7 @@ class Gateway:
         app.add_route("/v1/models", Models(self._device), methods=["GET"])  # type: ignore[arg-type]
         for path in ("/chat/completions", "/completions"):
             app.add_route(f"/v1{path}", Completions(self._device, path), methods=["POST"])  # type: ignore[arg-type]
+        self._page.add_to(app)
         app.add_exception_handler(GatewayError, _told)
         app.add_exception_handler(HTTPException, _told)
         app.add_exception_handler(Exception, _told)
@@ -161,13 +173,13 @@ def refusal(path: str, headers: Mapping[str, str], settings: GatewaySettings) ->
     """
     if settings.key is not None:
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        if path == "/healthz" or (scheme.lower() == "bearer" and keys.same(key.lstrip(" "), settings.key)):
+        if path in OPEN or (scheme.lower() == "bearer" and keys.same(key.lstrip(" "), settings.key)):
             return None
         return GatewayError(401, "wrong_key", "the gateway's key is missing or wrong: give it to the app as its API key")
     host, origin = headers.get("host", ""), headers.get("origin")
     if _host_name(host) not in ("localhost", "127.0.0.1", "::1", settings.host):
         return GatewayError(403, "wrong_host", "the gateway answers to its loopback address only, not to this Host")
-    is_elsewhere = path != "/healthz" and headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+    is_elsewhere = path not in OPEN and headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
     if is_elsewhere or (origin is not None and origin != f"http://{host}"):
         return GatewayError(403, "wrong_origin", "web pages may not use the gateway (unless it has a key: --gateway-key)")
     return None

@@ -15,6 +15,7 @@ from costeer_vllm.errors import InvalidParameter
 from costeer_vllm.protocol.messages import Fusion
 
 MAX_BYTES = 4 * 2**20
+MAX_SHOWN = 20_000  # entries kept in memory
 
 log = logging.getLogger("costeer.edge")
 
@@ -45,6 +46,7 @@ class Ledger:
             self._append(b"")
         except OSError as error:
             raise InvalidParameter("ledger", str(path), f"a file that can be written ({error.strerror})") from None
+        self.entries = read(path)  # for the page: the file's
 
     def add(self, trace: Trace) -> None:
         """A line for a stream that has ended."""
@@ -60,6 +62,7 @@ class Ledger:
             bits=trace.bits,
             max_bits=trace.max_bits,
         )
+        self.entries = [*self.entries[-MAX_SHOWN:], entry]
         try:
             self._append(msgspec.json.encode(entry) + b"\n")
         except OSError as error:

@@ -1,5 +1,7 @@
 """What an edge worker needs that takes time to load: the models, the tokenizer, the private context."""
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ class Loaded:
     vocabulary: Vocabulary
     num_tokens: int
     max_positions: int
+    decode: Callable[[list[int]], str]  # for another thread than the evaluator's
 
 
 def load(settings: EdgeSettings) -> Loaded:
@@ -49,7 +52,7 @@ def load(settings: EdgeSettings) -> Loaded:
     retriever = Retriever(tokenizer, budget(settings.context_tokens, model.max_positions), reranker)
     contexts.prepare(retriever)
     evaluator = Evaluator(model, tokenizer, template, contexts, settings.delta, retriever)
-    return Loaded(evaluator, contexts, fingerprint(vocab), model.num_tokens, model.max_positions)
+    return Loaded(evaluator, contexts, fingerprint(vocab), model.num_tokens, model.max_positions, copy.deepcopy(tokenizer).decode)
 
 
 def _import_torch_side() -> tuple[Any, Any, Any, Any]:

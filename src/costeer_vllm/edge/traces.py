@@ -5,13 +5,15 @@ The worker shows the traces every frame, and the probabilities as they become kn
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from costeer_vllm.protocol.messages import Advance, Begin, Candidates, Choice, Delta, End, EndReason, Fusion
 
 MAX_TRACES = 50
 MAX_TOKENS = 4096  # of one trace
+TOKENS_OF_A_CHARACTER = 6  # at the most, in UTF-8 and its modifiers
+BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,7 @@ class Moved:
     """
 
     token: int
+    text: str
     plain: float
     personal: float
 
@@ -54,6 +57,11 @@ class Traces:
     def __init__(self) -> None:
         self._newest: deque[Trace] = deque(maxlen=MAX_TRACES)
         self._open: dict[str, Trace] = {}
+        self.decode: Callable[[list[int]], str] | None = None  # once the tokenizer is loaded
+
+    def find(self, stream: str) -> Trace | None:
+        """The newest trace of a stream."""
+        return next((trace for trace in self if trace.stream == stream), None)
 
     def __iter__(self) -> Iterator[Trace]:
         """The newest first."""
@@ -87,11 +95,11 @@ class Traces:
             trace.bytes_up += num_bytes
         return None
 
-    def moved(self, stream: str, moved: Moved) -> None:
+    def moved(self, stream: str, token: int, plain: float, personal: float) -> None:
         """A token's probabilities are known."""
         trace = self._open.get(stream)
         if trace is not None and len(trace.tokens) < MAX_TOKENS:
-            trace.tokens.append(moved)
+            trace.tokens.append(Moved(token, self._text(trace, token), plain, personal))
 
     def disclosed(self, stream: str, bits: float, max_bits: float | None) -> None:
         """What the stream has told by now, and the budget of its request, in edge fusion."""
@@ -101,6 +109,14 @@ class Traces:
     def detached(self) -> list[Trace]:
         """The link to the hub is lost, and all open streams with it: their traces."""
         return [trace for stream in list(self._open) if (trace := self._end(stream, "detached"))]
+
+    def _text(self, trace: Trace, token: int) -> str:
+        """What the token adds to the text; nothing while it ends in the middle of a character."""
+        if self.decode is None:
+            return ""
+        before = [moved.token for moved in trace.tokens[-TOKENS_OF_A_CHARACTER:]]
+        former, text = self.decode(before), self.decode([*before, token])
+        return "" if text.endswith(BROKEN) else text[len(former.rstrip(BROKEN)) :]
 
     def _end(
         self, stream: str, reason: EndReason, tokens_steered: int | None = None, tokens_missed: int | None = None

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import functools
 import logging
-import math
 import os
 import random
 import secrets
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
-from costeer_vllm.edge.accounts import Accounts
+from costeer_vllm.edge.books import Books
 from costeer_vllm.edge.context import PrivateContexts
 from costeer_vllm.edge.disclosure import Disclosures
 from costeer_vllm.edge.ledger import Ledger
@@ -32,7 +31,6 @@ from costeer_vllm.edge.prompts import where
 from costeer_vllm.edge.settings import EdgeSettings, attach_url
 from costeer_vllm.edge.streams import Answer, Failure, Read, Result, Streams
 from costeer_vllm.edge.tasks import first_of
-from costeer_vllm.edge.traces import Moved, Trace, Traces
 from costeer_vllm.errors import CoSteerError, HubUnavailable, RemoteProtocolError
 from costeer_vllm.protocol import keys
 from costeer_vllm.protocol.messages import (
@@ -99,10 +97,8 @@ class EdgeWorker:
         self._stopping = asyncio.Event()
         self._attached_at: float | None = None
         self._steerable: PrivateContexts | None = None  # the contexts, while attached
-        self._accounts = Accounts()
-        self._disclosures = Disclosures(settings.max_bits)
-        self._traces = Traces()
-        self._ledger = None if settings.ledger is None else Ledger(Path(settings.ledger), settings.name)
+        ledger = None if settings.ledger is None else Ledger(Path(settings.ledger), settings.name)
+        self._books = Books(disclosures=Disclosures(settings.max_bits), ledger=ledger)
         self._turn_s = 0.0  # how long the last window of next ids took
         self._evaluator: Evaluator  # with the next three from the moment on when the model is loaded
         self._contexts: PrivateContexts
@@ -133,13 +129,14 @@ class EdgeWorker:
             return
         from costeer_vllm.edge.gateway import Gateway
 
-        with contextlib.closing(Gateway(self._settings, lambda: self._steerable, self._accounts)) as gateway:
+        with contextlib.closing(Gateway(self._settings, lambda: self._steerable, self._books)) as gateway:
             yield gateway
 
     async def _load_and_attach(self) -> None:
         settings = self._settings
         loaded = await self._in_thread(lambda: load(settings))
         self._evaluator, self._contexts = loaded.evaluator, loaded.contexts
+        self._books.traces.decode = loaded.decode
         self._streams = Streams(
             settings.name,
             loaded.num_tokens,
@@ -147,7 +144,7 @@ class EdgeWorker:
             settings.max_streams,
             settings.steering_key,
             settings.fusions,
-            self._disclosures,
+            self._books.disclosures,
         )
         self._attach = _attach(settings, self._instance, loaded.vocabulary)
         await self._keep_attached()
@@ -207,9 +204,7 @@ class EdgeWorker:
                 await first_of(self._read(websocket), self._answer(websocket), self._expire(websocket))
             finally:
                 self._steerable = None
-                self._accounts.detached()
-                for trace in self._traces.detached():
-                    self._enter(trace)
+                self._books.detached()
                 self._streams.clear()
                 await self._turn()
 
@@ -233,8 +228,7 @@ class EdgeWorker:
         async for frame in websocket:
             message = _decode(frame)
             if isinstance(message, (Begin, Advance, Candidates, End)):
-                self._accounts.received(message, len(frame))
-                self._enter(self._traces.received(message, len(frame)))
+                self._books.received(message, len(frame))
                 await self._send_if_any(websocket, self._streams.feed(message, time.monotonic()))
                 self._news.set()
                 continue
@@ -291,7 +285,7 @@ class EdgeWorker:
             case Answer():
                 await self._send_if_any(websocket, self._streams.answered(result))
             case Read(serial, token, without_context, with_context):
-                self._traces.moved(self._streams.name_of(serial) or "", Moved(token, without_context, with_context))
+                self._books.traces.moved(self._streams.name_of(serial) or "", token, without_context, with_context)
             case Failure(serial, reason, sentence):
                 await self._send_if_any(websocket, self._streams.fail(serial, reason, sentence))
 
@@ -299,26 +293,15 @@ class EdgeWorker:
         if isinstance(message, End):
             level = logging.DEBUG if message.reason == "unknown_stream" else logging.WARNING
             log.log(level, "%s: %s", message.reason, message.sentence)
-        if isinstance(message, Choice):
-            self._trace(message)
+        if isinstance(message, Choice) and (chooser := self._streams.chooser_of(message.stream)) is not None:
+            self._books.chosen(message, chooser)
         if message is not None:
             await self._send(websocket, message)
-
-    def _trace(self, choice: Choice) -> None:
-        chooser = self._streams.chooser_of(choice.stream)
-        if chooser is not None and (drawn := chooser.take_drawn()) is not None:
-            self._traces.moved(choice.stream, Moved(drawn.token, math.exp(drawn.log_p), math.exp(drawn.log_q)))
-            self._traces.disclosed(choice.stream, chooser.bits, chooser.disclosure.max_bits)
-
-    def _enter(self, ended: Trace | None) -> None:
-        if ended is not None and self._ledger is not None:
-            self._ledger.add(ended)
 
     async def _send(self, websocket: ClientConnection, message: Attach | Delta | Choice | End) -> None:
         frame = encode(message)
         if not isinstance(message, Attach):
-            self._accounts.sent(message, len(frame))
-            self._enter(self._traces.sent(message, len(frame)))
+            self._books.sent(message, len(frame))
         await websocket.send(frame)
         if self._on_frame_sent is not None:
             self._on_frame_sent(frame)
