@@ -6,6 +6,7 @@ its end, also when the app hangs up: then the server is hung up on as well, and 
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -30,7 +31,7 @@ from costeer_vllm.edge.asks import ALIAS_SUFFIX, Ask, parse_ask
 from costeer_vllm.edge.context import ContextRefused, PrivateContexts
 from costeer_vllm.edge.disclosure import Disclosures, Promise
 from costeer_vllm.edge.tasks import first_of
-from costeer_vllm.edge.upstream import Patience, Upstream, passed_down
+from costeer_vllm.edge.upstream import IsAbandoned, Patience, Upstream, never, passed_down
 from costeer_vllm.errors import InvalidParameter
 from costeer_vllm.protocol.messages import Fusion
 from costeer_vllm.request import FIELDS, Options
@@ -136,7 +137,7 @@ class Completions:
         device, is_short = self._device, len(body) <= MAX_BYTES_PARSED_HERE
         ask = _parse(body, device.preset) if is_short else await asyncio.to_thread(_parse, body, device.preset)
         if ask.options is None:
-            return await self._relay(headers, ask.plain(), reply, None)
+            return await self._relay(headers, ask.plain(), reply)
         contexts = device.steerable()
         if contexts is None:
             sentence = "the edge worker is not attached to its hub (see its log), so it cannot steer: try again, or ask with "
@@ -157,28 +158,38 @@ class Completions:
             stack.enter_context(device.disclosures.promise(ref, promise))
             account = stack.enter_context(device.accounts.account(ref, ask.num_streams))
             body = ask.steered(device.worker, device.steering_key, ref)
-            return await self._relay(headers, body, reply, lambda: self._costeer(account, ref, options))
+            costeer = functools.partial(self._costeer, account, ref, options)
+            return await self._relay(headers, body, reply, costeer, lambda: account.is_abandoned)
 
     async def _costeer(self, account: Account, ref: str, options: Options) -> dict[str, Any]:
         await account.settle(self._device.patience.counts_s)
         return costeer_object(account, self._device.worker, options, self._device.disclosures.bits(ref))
 
-    async def _relay(self, headers: Mapping[str, str], body: bytes, reply: "Reply", costeer: Costeer | None) -> None:
+    async def _relay(
+        self,
+        headers: Mapping[str, str],
+        body: bytes,
+        reply: "Reply",
+        costeer: Costeer | None = None,
+        is_abandoned: IsAbandoned = never,
+    ) -> None:
         upstream = self._device.upstream
-        async with upstream.asked("POST", self._path, headers, body) as response:
+        async with upstream.asked("POST", self._path, headers, body, is_abandoned) as response:
             if _is_event_stream(response) and response.is_success:
-                await self._relay_events(response, reply, costeer)
+                await self._relay_events(response, upstream.parts(response, is_abandoned), reply, costeer)
                 return
-            whole = await upstream.read(response)
+            whole = await upstream.read(response, is_abandoned)
         if costeer is not None and response.is_success:
             whole = with_costeer(whole, await costeer())
         await reply.whole(response.status_code, passed_down(response), whole)
 
-    async def _relay_events(self, response: httpx.Response, reply: "Reply", costeer: Costeer | None) -> None:
+    async def _relay_events(
+        self, response: httpx.Response, parts: AsyncIterator[bytes], reply: "Reply", costeer: Costeer | None
+    ) -> None:
         """Every event as soon as it is whole, and one more before [DONE]. A stream without [DONE] was broken off."""
         await reply.start(response.status_code, passed_down(response))
         events, first = Events(), b""
-        whole_ones = self._whole_events(response, events)
+        whole_ones = _whole_events(parts, events)
         async for event in whole_ones:
             first = first or event_data(event)
             if is_done(event):
@@ -195,12 +206,6 @@ class Completions:
             await asyncio.wait_for(_pass_on(whole_ones, reply), self._device.patience.end_s)
         await reply.send(events.end())
         await reply.end()
-
-    async def _whole_events(self, response: httpx.Response, events: Events) -> AsyncIterator[bytes]:
-        with self._device.upstream.failures_told():
-            async for chunk in response.aiter_bytes():
-                for event in events.feed(chunk):
-                    yield event
 
 
 class Reply:
@@ -257,6 +262,16 @@ async def _failures_told(reply: Reply) -> AsyncIterator[None]:
     except GatewayError as error:
         with contextlib.suppress(ClientDisconnect):
             await reply.fail(error)
+    except asyncio.CancelledError:  # the worker ends, and the time for answers under way is over
+        with contextlib.suppress(ClientDisconnect):
+            await reply.fail(GatewayError(503, "worker_stops", "the edge worker ends, and this device's gateway with it"))
+        raise
+
+
+async def _whole_events(parts: AsyncIterator[bytes], events: Events) -> AsyncIterator[bytes]:
+    async for part in parts:
+        for event in events.feed(part):
+            yield event
 
 
 async def _pass_on(events: AsyncIterator[bytes], reply: Reply) -> None:

@@ -1,8 +1,10 @@
 """The large model's server, as the gateway calls it: every wait is bounded, and every failure becomes one sentence."""
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -16,6 +18,17 @@ _PASSED_UP = ("accept", "x-request-id")  # headers of the app's request; others 
 _PASSED_DOWN = ("content-type", "cache-control", "retry-after", "www-authenticate", "x-request-id")
 
 
+# Whether an answer's steering ended without its engine's word, so that there may be nobody left to go on with it.
+IsAbandoned: TypeAlias = Callable[[], bool]
+
+T = TypeVar("T")
+
+
+def never() -> bool:
+    """Of an answer that is not steered."""
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Patience:
     """How long the gateway waits, in seconds."""
@@ -24,6 +37,7 @@ class Patience:
     answer_s: float = 600.0  # for the next byte of the server, as the openai client does
     client_s: float = 60.0  # for the app to send its request, and to take the next part of the answer
     counts_s: float = 2.0  # for the engine's counts, after the answer
+    silence_s: float = 5.0  # for the next byte of an abandoned answer: then it is seen whether the server is still there
     end_s: float = 5.0  # for the server to end a stream, after its [DONE]
 
 
@@ -40,6 +54,7 @@ class Upstream:
         # A server closes idle connections after a while (vLLM: 5 s); ours must be the first to close them.
         limits = httpx.Limits(max_connections=None, keepalive_expiry=2.0)
         headers = {"user-agent": f"costeer-gateway/{__version__}", "accept-encoding": "identity"}
+        self._silence_s = patience.silence_s
         self._client = httpx.AsyncClient(
             headers=headers, timeout=timeout, limits=limits, trust_env=use_environment, follow_redirects=False
         )
@@ -50,7 +65,12 @@ class Upstream:
 
     @contextlib.asynccontextmanager
     async def asked(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes | None = None,
+        is_abandoned: IsAbandoned = never,
     ) -> AsyncIterator[httpx.Response]:
         """The server's answer, of which only the head has come; leaving the block early hangs up.
 
@@ -59,7 +79,7 @@ class Upstream:
         """
         request = self._client.build_request(method, f"{self.server}{path}", headers=self._headers(headers, body), content=body)
         with self.failures_told():
-            response = await self._client.send(request, stream=True)
+            response = await self._unless_gone(self._client.send(request, stream=True), is_abandoned)
         try:
             if response.is_redirect:
                 sentence = f"the server at {self.server} redirects elsewhere: give the address meant with --server"
@@ -68,16 +88,44 @@ class Upstream:
         finally:
             await response.aclose()
 
-    async def read(self, response: httpx.Response) -> bytes:
+    async def parts(self, response: httpx.Response, is_abandoned: IsAbandoned = never) -> AsyncIterator[bytes]:
+        """The body as it comes; raises GatewayError as ``asked`` does."""
+        with self.failures_told():
+            parts = response.aiter_bytes()
+            while part := await self._unless_gone(anext(parts, b""), is_abandoned):
+                yield part
+
+    async def read(self, response: httpx.Response, is_abandoned: IsAbandoned = never) -> bytes:
         """The whole answer; raises GatewayError as ``asked`` does, and if it is longer than 64 MiB."""
         parts, num_bytes = [], 0
-        with self.failures_told():
-            async for part in response.aiter_bytes():
-                num_bytes += len(part)
-                if num_bytes > MAX_ANSWER_BYTES:
-                    raise GatewayError(502, "bad_answer", f"the server's answer is longer than {MAX_ANSWER_BYTES} bytes")
-                parts.append(part)
+        async for part in self.parts(response, is_abandoned):
+            num_bytes += len(part)
+            if num_bytes > MAX_ANSWER_BYTES:
+                raise GatewayError(502, "bad_answer", f"the server's answer is longer than {MAX_ANSWER_BYTES} bytes")
+            parts.append(part)
         return b"".join(parts)
+
+    async def _unless_gone(self, awaitable: Awaitable[T], is_abandoned: IsAbandoned) -> T:
+        """What comes of it. A server that is ending (vLLM on SIGTERM) may keep its connections open without a word for ever."""
+        task = asyncio.ensure_future(awaitable)
+        try:
+            while not (await asyncio.wait([task], timeout=self._silence_s))[0]:
+                if is_abandoned() and not await self._listens():
+                    raise GatewayError(502, "server_broke_off", f"the server at {self.server} is ending and broke off its answer")
+            return task.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _listens(self) -> bool:
+        """Whether the server takes connections."""
+        try:
+            await self._client.get(f"{self.server}/models", headers={"connection": "close"}, timeout=self._silence_s)
+        except httpx.ConnectError:
+            return False
+        except httpx.HTTPError:
+            pass
+        return True
 
     @contextlib.contextmanager
     def failures_told(self) -> Iterator[None]:
