@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from costeer_vllm.candidates import BasePolicy, decode_candidates
 from costeer_vllm.delta import finite
-from costeer_vllm.edge.disclosure import Disclosure
+from costeer_vllm.edge.disclosure import Disclosure, Disclosures
 from costeer_vllm.edge.fusion import draw
 from costeer_vllm.errors import InvalidCandidates, InvalidParameter
 from costeer_vllm.protocol.messages import Begin, Candidates, Choice, Sampling
@@ -77,8 +77,8 @@ class Chooser:
         return int.from_bytes(digest[:8], "little") / 2**64 * (1 - 2**-53)
 
 
-def chooser(begin: Begin, disclosure: Disclosure, secret: bytes) -> Chooser:
-    """The chooser of a stream that begins; ``secret`` is the device's.
+def chooser(begin: Begin, disclosures: Disclosures, secret: bytes) -> Chooser:
+    """The chooser of a stream that begins; ``disclosures`` and ``secret`` are the device's.
 
     Without a seed the random numbers are the stream's own. A seed that a client gives has passed through the server: it is mixed
     with the secret, so that the same seed gives the same answer on this device and yet tells the server nothing of the numbers.
@@ -95,6 +95,7 @@ def chooser(begin: Begin, disclosure: Disclosure, secret: bytes) -> Chooser:
     _check("confidence", sampling.confidence, 0, 1)
     if sampling.max_bits is not None:
         _check("max_bits", sampling.max_bits, 0, math.inf)
+    disclosure = disclosures.of(begin.request, begin.query.ref, sampling.max_bits)  # a budget that is no number must not reach it
     origin = f"stream {begin.stream}" if sampling.seed is None else f"seed {sampling.seed}"
     return Chooser(begin.stream, begin.strength, sampling, disclosure, hmac.digest(secret, origin.encode(), hashlib.sha256))
 
