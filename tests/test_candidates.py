@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from costeer_vllm.candidates import BasePolicy, decode_candidates, encode_candidates
 from costeer_vllm.errors import CoSteerError, InvalidCandidates
-from costeer_vllm.protocol.messages import MAX_CANDIDATES
+from costeer_vllm.protocol.messages import MAX_CANDIDATES, MAX_ROUNDING, MIN_ROUNDING
 
 NAN, INF = float("nan"), float("inf")
 
@@ -58,7 +58,7 @@ def test_without_rounding_all_comes_back_bit_for_bit(base: BasePolicy) -> None:
 
 
 @settings(max_examples=200)
-@given(policies, st.floats(2**-10, 1.0))
+@given(policies, st.floats(MIN_ROUNDING, MAX_ROUNDING))
 def test_rounding_moves_a_value_by_half_a_step_at_the_most(base: BasePolicy, rounding: float) -> None:
     found = decode_candidates(encode_candidates(base, rounding))
     check_usable(found)
@@ -75,6 +75,12 @@ def test_rounding_moves_a_value_by_half_a_step_at_the_most(base: BasePolicy, rou
 def test_rounded_values_by_hand() -> None:
     found = decode_candidates(encode_candidates(policy({3: -0.1, 7: -0.74, 9: -0.76, 11: 0.0}), 0.5))
     assert found.log_probs.tolist() == [0.0, -0.5, -1.0, 0.0]
+
+
+def test_the_smallest_step_reaches_further_down_than_any_token_that_matters() -> None:
+    found = decode_candidates(encode_candidates(policy({1: -0.1, 2: -64.0, 3: -1e4}), MIN_ROUNDING))
+    np.testing.assert_allclose(found.log_probs[:2], [-0.1, -64.0], atol=MIN_ROUNDING)
+    assert found.log_probs[2] < -65
 
 
 def test_the_lowest_step_stands_for_all_below_it() -> None:

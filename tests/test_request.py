@@ -81,7 +81,15 @@ def test_edge_fusion_has_defaults_of_its_own() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("candidates", 1), ("candidates", MAX_CANDIDATES), ("rounding", 0), ("rounding", 1), ("max_bits", 0), ("max_bits", 1e9)],
+    [
+        ("candidates", 1),
+        ("candidates", MAX_CANDIDATES),
+        ("rounding", 0),
+        ("rounding", 0.001),
+        ("rounding", 1),
+        ("max_bits", 0),
+        ("max_bits", 1e9),
+    ],
 )
 def test_the_ends_of_the_ranges_of_edge_fusion_are_allowed(field: str, value: Any) -> None:
     assert getattr(parse_options({"fusion": "edge", field: value}), field) == value
@@ -140,8 +148,9 @@ def test_each_hyperparameter_reaches_the_strength(field: str) -> None:
         ({"fusion": "edge", "candidates": 64.0}, "candidates is 64.0"),
         ({"fusion": "edge", "candidates": True}, "candidates is True"),
         ({"fusion": "edge", "candidates": "64"}, "candidates is '64'"),
-        ({"fusion": "edge", "rounding": -0.1}, "rounding is -0.1; it must be"),
-        ({"fusion": "edge", "rounding": 1.01}, "rounding is 1.01; it must be"),
+        ({"fusion": "edge", "rounding": -0.1}, "rounding is -0.1; it must be 0 (none) or a number of nats from 0.001 to 1"),
+        ({"fusion": "edge", "rounding": 1.01}, "rounding is 1.01; it must be 0 (none)"),
+        ({"fusion": "edge", "rounding": 0.0009}, "rounding is 0.0009; it must be 0 (none)"),
         ({"fusion": "edge", "rounding": math.nan}, "rounding is nan; it must be a finite number"),
         ({"fusion": "edge", "rounding": True}, "rounding is True"),
         ({"fusion": "edge", "max_bits": -0.5}, "max_bits is -0.5; it must be a number of bits, 0 or more"),
@@ -255,6 +264,11 @@ def test_whatever_a_client_sends_options_are_sound_or_it_is_told(body: object) -
     assert math.isfinite(options.strength)
     assert 0 <= options.deadline_ms <= MAX_DEADLINE_MS
     assert options.on_missing == "continue"
+    assert 1 <= options.candidates <= MAX_CANDIDATES
+    assert options.rounding == 0 or MIN_ROUNDING <= options.rounding <= MAX_ROUNDING
+    assert options.max_bits is None or 0 <= options.max_bits < math.inf
+    of_the_edge = (options.candidates, options.rounding, options.max_bits)
+    assert options.fusion == "edge" or (options.fusion, of_the_edge) == ("cloud", (DEFAULT_CANDIDATES, 0.0, None))
 
 
 # Admitted
@@ -333,6 +347,7 @@ def test_round_trip(**fields: Any) -> None:
         {"candidates": True},
         {"rounding": -0.1},
         {"rounding": 1.5},
+        {"rounding": 1e-6},
         {"rounding": math.nan},
         {"rounding": None},
         {"max_bits": -1},
