@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from costeer_vllm.candidates import BasePolicy, encode_candidates
-from costeer_vllm.edge.choices import Chooser, chooser
+from costeer_vllm.candidates import BasePolicy, decode_candidates, encode_candidates
+from costeer_vllm.edge.choices import Chooser, _uniform, chooser
 from costeer_vllm.edge.disclosure import Disclosure, Disclosures
 from costeer_vllm.errors import InvalidCandidates, InvalidParameter
 from costeer_vllm.protocol.messages import MAX_CANDIDATES, Candidates, Choice, Query, Sampling
@@ -179,12 +179,68 @@ def test_uniforms_are_uniform_and_every_position_has_its_own() -> None:
     assert len(set(found)) > 800
 
 
-def test_a_uniform_is_below_1_whatever_its_digest() -> None:
-    own = make()
-    for digest in (b"\xff" * 32, b"\x00" * 32):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("costeer_vllm.edge.choices.hmac.digest", lambda *_, digest=digest: digest)
-            assert 0 <= own._uniform(3) < 1
+@pytest.mark.parametrize("digest", [b"\xff" * 32, b"\x00" * 32])
+def test_a_uniform_is_below_1_whatever_its_digest(digest: bytes) -> None:
+    assert 0 <= _uniform(digest) < 1
+
+
+def test_every_question_has_a_random_number_of_its_own() -> None:
+    """Of one position, too: a server can go back, begin again, and offer other candidates as often as it likes."""
+    flat = np.full(MAX_CANDIDATES, 1 / MAX_CANDIDATES)
+    zeros = np.zeros(MAX_CANDIDATES)
+    asked = candidates(0, flat)
+    base = decode_candidates(asked.payload)
+
+    def token(offered: Candidates, **fields: Any) -> int:
+        own = make(strength=fields.pop("strength", 1.0), seed=5, **fields)
+        own.weighed(offered.position, offered.prefix_hash, zeros)
+        choice = own.offered(offered)
+        assert choice is not None
+        return choice.token
+
+    slightly_other = encode_candidates(BasePolicy(base.ids, base.log_probs - 1e-6, 0.0))
+    found = [
+        token(asked),
+        token(Candidates("s", 0, 1, asked.payload)),
+        token(Candidates("s", 1, 0, asked.payload)),
+        token(Candidates("s", 0, 0, slightly_other)),
+        token(asked, strength=1.0000001),
+        token(asked, temperature=1.0000001),
+        token(asked, query=Query(prompt="Ho")),
+        token(asked, query=Query(prompt="Hi", ref="ann")),
+    ]
+    assert len(set(found)) == len(found)
+    assert token(asked, max_bits=1e6, request="another") == found[0]
+
+
+def test_what_two_choices_of_one_position_tell_adds_up() -> None:
+    """Were they drawn with one random number, (0, 1) could not come about without the context: it would tell everything."""
+    half, towards_0 = {0: 0.5, 1: 0.5}, np.array([0.4, -0.4])
+    counts = np.zeros((2, 2))
+    for seed in range(2000):
+        own = make(seed=seed)
+        tokens = []
+        for prefix_hash, delta in ((1, towards_0), (2, -towards_0)):
+            own.weighed(0, prefix_hash, delta)
+            choice = own.offered(Candidates("s", 0, prefix_hash, candidates(0, half).payload))
+            assert choice is not None
+            tokens.append(choice.token)
+        counts[tokens[0], tokens[1]] += 1
+    q = 1 / (1 + math.exp(-0.8))
+    np.testing.assert_allclose(counts / 2000, np.outer([q, 1 - q], [1 - q, q]), atol=0.05)
+
+
+def test_an_older_question_gets_its_choice_again_whatever_the_budget_has_become() -> None:
+    disclosures = Disclosures()
+    told = disclosures.of("r", None, 6.0)
+    first = make(disclosures=disclosures, max_bits=6.0)
+    tokens = [choose(first, position, *pair(position)) for position in range(20)]
+    bits, num_drawn = told.bits, len(told.drawn)
+    assert told.is_spent
+    again = make(disclosures=disclosures, max_bits=6.0)  # begun again, since the hub restarted
+    assert [choose(again, position, *pair(position)) for position in range(20)] == tokens
+    assert [choose(first, position, *pair(position)) for position in (3, 0, 3)] == [tokens[3], tokens[0], tokens[3]]
+    assert (told.bits, len(told.drawn)) == (bits, num_drawn)
 
 
 @pytest.mark.parametrize(
@@ -234,8 +290,8 @@ def test_a_budget_is_spent_over_several_tokens_and_never_exceeded(max_bits: floa
     # Once spent, it is spent for good: the rest is drawn without the context.
     spent_at = next(i for i, drawn in enumerate(told.drawn) if drawn.strength == 0)
     assert {drawn.strength for drawn in told.drawn[spent_at:]} == {0.0}
-    plain = make(strength=0.0, seed=1, **sampling)
-    assert tokens[spent_at:] == [choose(plain, position, *pair(position)) for position in range(spent_at, 80)]
+    plain, nothing = make(seed=1, **sampling), np.zeros(VOCAB)
+    assert tokens[spent_at:] == [choose(plain, position, pair(position)[0], nothing) for position in range(spent_at, 80)]
 
 
 def test_a_budget_that_suffices_changes_nothing() -> None:

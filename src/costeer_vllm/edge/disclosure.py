@@ -21,6 +21,7 @@ class Disclosure:
     bits: float = 0.0
     is_spent: bool = False  # the rest is drawn without the context
     drawn: list[Drawn] = field(default_factory=list)
+    choices: dict[bytes, int] = field(default_factory=dict)  # token by digest of the question: asked again, it is given again
 
     @property
     def bits_left(self) -> float:
