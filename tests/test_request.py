@@ -10,8 +10,20 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from costeer_vllm.errors import InvalidParameter
-from costeer_vllm.protocol.messages import MAX_FRAME_BYTES, MAX_QUERY_BYTES, MAX_TOKENS, Begin, Query, Turn, encode
+from costeer_vllm.protocol.messages import (
+    MAX_CANDIDATES,
+    MAX_FRAME_BYTES,
+    MAX_QUERY_BYTES,
+    MAX_ROUNDING,
+    MAX_TOKENS,
+    MIN_ROUNDING,
+    Begin,
+    Query,
+    Turn,
+    encode,
+)
 from costeer_vllm.request import (
+    DEFAULT_CANDIDATES,
     DEFAULT_DEADLINE_MS,
     FIELDS,
     MAX_DEADLINE_MS,
@@ -58,6 +70,38 @@ def test_every_field() -> None:
     strength = SteeringParams(T=5, alpha=1, beta=0.5, player_lambda=3.0, eta=2).strength
     assert options == Options("laptop", SECRET, strength, "continue", 250.0, 0.9, "row/7")
     assert parse_options({"strength": -2}).strength == -2.0
+    edge = parse_options({"fusion": "edge", "candidates": 128, "rounding": 0.5, "max_bits": 20})
+    assert (edge.fusion, edge.candidates, edge.rounding, edge.max_bits) == ("edge", 128, 0.5, 20.0)
+
+
+def test_edge_fusion_has_defaults_of_its_own() -> None:
+    options = parse_options({"fusion": "edge", **dict.fromkeys(("candidates", "rounding", "max_bits"))})
+    assert options == parse_options({"fusion": "edge"})
+    assert (options.candidates, options.rounding, options.max_bits) == (DEFAULT_CANDIDATES, 0.0, None)
+    assert parse_options({}).fusion == parse_options({"fusion": None}).fusion == "cloud"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("candidates", 1),
+        ("candidates", MAX_CANDIDATES),
+        ("rounding", 0),
+        ("rounding", 0.001),
+        ("rounding", 1),
+        ("max_bits", 0),
+        ("max_bits", 1e9),
+    ],
+)
+def test_the_ends_of_the_ranges_of_edge_fusion_are_allowed(field: str, value: Any) -> None:
+    assert getattr(parse_options({"fusion": "edge", field: value}), field) == value
+    assert getattr(parse_admitted({**PLAIN, "fusion": "edge", field: value}), field) == value
+
+
+@pytest.mark.parametrize(("field", "value"), [("candidates", 64), ("rounding", 0.0), ("max_bits", 5)])
+@pytest.mark.parametrize("fusion", [{}, {"fusion": "cloud"}])
+def test_what_is_of_edge_fusion_only_is_refused_in_the_cloud(field: str, value: Any, fusion: dict[str, Any]) -> None:
+    assert refusal({field: value, **fusion}) == f"costeer: {field} is {value}; it must be left out unless fusion is 'edge'"
 
 
 @pytest.mark.parametrize("field", ["T", "alpha", "beta", "lambda", "eta"])
@@ -97,6 +141,25 @@ def test_each_hyperparameter_reaches_the_strength(field: str) -> None:
         ({"context_ref": "a b"}, "context_ref is 'a b'"),
         ({"context_ref": "x" * 129}, "context_ref is 'xxx"),
         ({"context_ref": 7}, "context_ref is 7"),
+        ({"fusion": "device"}, "fusion is 'device'; it must be 'cloud' (deltas leave the device) or 'edge' (tokens only)"),
+        ({"fusion": "Edge"}, "fusion is 'Edge'"),
+        ({"fusion": 1}, "fusion is 1"),
+        ({"fusion": ["edge"]}, "fusion is 'of type list'; it must be a string"),
+        ({"fusion": "edge", "candidates": 0}, "candidates is 0; it must be an integer from 1 to 1024"),
+        ({"fusion": "edge", "candidates": 1025}, "candidates is 1025"),
+        ({"fusion": "edge", "candidates": 64.0}, "candidates is 64.0"),
+        ({"fusion": "edge", "candidates": True}, "candidates is True"),
+        ({"fusion": "edge", "candidates": "64"}, "candidates is '64'"),
+        ({"fusion": "edge", "rounding": -0.1}, "rounding is -0.1; it must be 0 (none) or a number of nats from 0.001 to 1"),
+        ({"fusion": "edge", "rounding": 1.01}, "rounding is 1.01; it must be 0 (none)"),
+        ({"fusion": "edge", "rounding": 0.0009}, "rounding is 0.0009; it must be 0 (none)"),
+        ({"fusion": "edge", "rounding": math.nan}, "rounding is nan; it must be a finite number"),
+        ({"fusion": "edge", "rounding": True}, "rounding is True"),
+        ({"fusion": "edge", "max_bits": -0.5}, "max_bits is -0.5; it must be a number of bits, 0 or more"),
+        ({"fusion": "edge", "max_bits": math.inf}, "max_bits is inf; it must be a finite number"),
+        ({"fusion": "edge", "max_bits": math.nan}, "max_bits is nan"),
+        ({"fusion": "edge", "max_bits": "20"}, "max_bits is '20'"),
+        ({"fusion": "edge", "max_bits": {"bits": 3}}, "max_bits is 'of type dict'; it must be a number"),
         ({"worker": ""}, "worker is ''; it must be a string of 1 to 128 letters"),
         ({"worker": "my laptop"}, "worker is 'my laptop'"),
         ({"worker": "-laptop"}, "begins with a letter or digit"),
@@ -117,7 +180,8 @@ def test_a_mistake_is_told_with_field_value_and_what_is_allowed(body: object, wo
 @pytest.mark.parametrize(
     ("field", "meant"),
     [("strenght", "strength"), ("wroker", "worker"), ("Beta", "beta"), ("t", "T"),
-     ("player_lambda", "lambda"), ("deadline", "deadline_ms"), ("onmissing", "on_missing")],
+     ("player_lambda", "lambda"), ("deadline", "deadline_ms"), ("onmissing", "on_missing"),
+     ("fussion", "fusion"), ("Candidate", "candidates"), ("round", "rounding"), ("maxbits", "max_bits"), ("bits", "max_bits")],
 )  # fmt: skip
 def test_an_unknown_field_is_refused_with_a_suggestion(field: str, meant: str) -> None:
     message = refusal({field: 1})
@@ -202,6 +266,11 @@ def test_whatever_a_client_sends_options_are_sound_or_it_is_told(body: object) -
     assert math.isfinite(options.strength)
     assert 0 <= options.deadline_ms <= MAX_DEADLINE_MS
     assert options.on_missing == "continue"
+    assert 1 <= options.candidates <= MAX_CANDIDATES
+    assert options.rounding == 0 or MIN_ROUNDING <= options.rounding <= MAX_ROUNDING
+    assert options.max_bits is None or 0 <= options.max_bits < math.inf
+    of_the_edge = (options.candidates, options.rounding, options.max_bits)
+    assert options.fusion == "edge" or (options.fusion, of_the_edge) == ("cloud", (DEFAULT_CANDIDATES, 0.0, None))
 
 
 # Admitted
@@ -250,6 +319,10 @@ queries = st.one_of(
     deadline_ms=st.floats(0, MAX_DEADLINE_MS),
     grant=st.none() | st.from_regex(r"[0-9a-f]{64}", fullmatch=True),
     confidence=st.floats(0, 1),
+    fusion=st.sampled_from(["cloud", "edge"]),
+    candidates=st.integers(1, MAX_CANDIDATES),
+    rounding=st.just(0.0) | st.floats(0.001, 1),
+    max_bits=st.none() | st.floats(0, 1e6),
 )
 def test_round_trip(**fields: Any) -> None:
     request = SteeringRequest(**fields)
@@ -268,6 +341,21 @@ def test_round_trip(**fields: Any) -> None:
         {"strength": 10**400},
         {"confidence": 1.5},
         {"confidence": math.nan},
+        {"fusion": "device"},
+        {"fusion": None},
+        {"candidates": 0},
+        {"candidates": MAX_CANDIDATES + 1},
+        {"candidates": 64.5},
+        {"candidates": True},
+        {"rounding": -0.1},
+        {"rounding": 1.5},
+        {"rounding": 1e-6},
+        {"rounding": math.nan},
+        {"rounding": None},
+        {"max_bits": -1},
+        {"max_bits": math.nan},
+        {"max_bits": math.inf},
+        {"max_bits": "20"},
         {"deadline_ms": -1},
         {"deadline_ms": math.nan},
         {"deadline_ms": MAX_DEADLINE_MS + 1},

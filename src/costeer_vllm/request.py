@@ -12,6 +12,7 @@ from costeer_vllm.protocol.messages import (
     MAX_CANDIDATES,
     MAX_QUERY_BYTES,
     MAX_ROUNDING,
+    MIN_ROUNDING,
     ContextRef,
     Digest,
     Fusion,
@@ -105,7 +106,7 @@ def parse_options(body: object) -> Options:
         context_ref=_context_ref(given.get("context_ref")),
         fusion=_fusion(given),
         candidates=_candidates(given.get("candidates", DEFAULT_CANDIDATES)),
-        rounding=_within("rounding", given.get("rounding", 0.0), 0, MAX_ROUNDING, "a number of nats"),
+        rounding=_rounding(given.get("rounding", 0.0)),
         max_bits=_max_bits(given.get("max_bits")),
     )
 
@@ -128,7 +129,8 @@ def parse_admitted(value: object) -> SteeringRequest:
         raise InvalidParameter("the query", f"{query_bytes} bytes long", f"at most {MAX_QUERY_BYTES} bytes long to be steered")
     check_strength("strength", admitted.strength)
     check_finite("deadline_ms", admitted.deadline_ms)
-    for field in ("confidence", "rounding", "max_bits"):
+    _rounding(admitted.rounding)
+    for field in ("confidence", "max_bits"):
         if (value := getattr(admitted, field)) is not None:
             check_finite(field, value)
     forms = (admitted.query.messages, admitted.query.prompt, admitted.query.prompt_ids)
@@ -219,6 +221,13 @@ def _candidates(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_CANDIDATES:
         raise InvalidParameter("candidates", value, f"an integer from 1 to {MAX_CANDIDATES}")
     return value
+
+
+def _rounding(value: object) -> float:
+    rounding = check_finite("rounding", value)
+    if rounding != 0 and not MIN_ROUNDING <= rounding <= MAX_ROUNDING:
+        raise InvalidParameter("rounding", value, f"0 (none) or a number of nats from {MIN_ROUNDING:g} to {MAX_ROUNDING:g}")
+    return rounding
 
 
 def _max_bits(value: object) -> float | None:

@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from websockets.asyncio.server import Server, ServerConnection, serve
 
+from costeer_vllm.candidates import BasePolicy, encode_candidates
 from costeer_vllm.edge.worker import EdgeSettings, EdgeWorker, Retry
 from costeer_vllm.protocol.messages import (
     MAX_FRAME_BYTES,
@@ -16,11 +18,14 @@ from costeer_vllm.protocol.messages import (
     Attach,
     Attached,
     Begin,
+    Candidates,
+    Choice,
     Delta,
     End,
     Message,
     Query,
     Refused,
+    Sampling,
     Turn,
     decode_edge_to_hub,
     encode,
@@ -30,6 +35,7 @@ from costeer_vllm.protocol.stream import extend_hash
 TIMEOUT_S = 30.0
 CONTEXT = "# About me\n\nMy sister is called Wilhelmina Quagmire and I collect harpsichords.\n"
 QUERY = Query(messages=[Turn("system", "You are brief."), Turn("user", "Write an invitation.")])
+GREEDY = Sampling(temperature=0.0)
 QUICK = Retry(first_s=0.001, most_s=0.01, name_taken=3)
 
 Welcome = Callable[[Attach], Message]
@@ -48,14 +54,14 @@ class Link:
     async def send(self, message: Message) -> None:
         await self.websocket.send(encode(message))
 
-    async def receive(self) -> Delta | End:
+    async def receive(self) -> Delta | Choice | End:
         frame = await asyncio.wait_for(self.websocket.recv(), TIMEOUT_S)
         assert isinstance(frame, bytes)
         message = decode_edge_to_hub(frame)
-        assert isinstance(message, (Delta, End)), message
+        assert isinstance(message, (Delta, Choice, End)), message
         return message
 
-    async def ask(self, message: Message) -> Delta | End:
+    async def ask(self, message: Message) -> Delta | Choice | End:
         await self.send(message)
         return await self.receive()
 
@@ -132,6 +138,13 @@ def settings_for(model_dir: Path, tmp_path: Path, **changes: Any) -> EdgeSetting
 def begin(stream: str, query: Query = QUERY, tokens: list[int] | None = None, **changes: Any) -> Begin:
     return Begin(**{"stream": stream, "request": stream, "worker": "laptop", "query": query, "strength": 1.0,
                     "tokens": tokens or [], **changes})  # fmt: skip
+
+
+def candidates(stream: str, generated: list[int], log_probs: dict[int, float]) -> Candidates:
+    """The base policy after ``generated``: log-probabilities by id."""
+    ids = sorted(log_probs)
+    payload = encode_candidates(BasePolicy(np.array(ids), np.array([log_probs[i] for i in ids]), 0.0))
+    return Candidates(stream, len(generated), extend_hash(0, generated), payload)
 
 
 def advance(stream: str, generated: list[int], num_new: int = 1) -> Advance:

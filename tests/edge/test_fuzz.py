@@ -8,15 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from costeer_vllm.edge.streams import Streams
+from costeer_vllm.edge.streams import Answer, Streams
 from costeer_vllm.edge.worker import MAX_MALFORMED, _decode
-from costeer_vllm.protocol.messages import Advance, Attached, Begin, Delta, End, Message, Query, Refused, Turn, encode
+from costeer_vllm.protocol.messages import (
+    Advance,
+    Attached,
+    Begin,
+    Candidates,
+    Choice,
+    Delta,
+    End,
+    Message,
+    Query,
+    Refused,
+    Sampling,
+    Turn,
+    encode,
+)
 from costeer_vllm.protocol.stream import extend_hash
 
-from .hub import Link, advance, attached, begin, run, settings_for
+from .hub import GREEDY, Link, advance, attached, begin, candidates, run, settings_for
 
 NUM_FRAMES, PER_CONNECTION = 10_000, 90
 
@@ -24,12 +39,16 @@ SEEDS: list[Message] = [
     begin("victim"),
     begin("victim", Query(prompt="Once"), tokens=[1, 2, 3]),
     begin("victim", Query(prompt_ids=[1, 2, 300])),
+    begin("victim", sampling=Sampling(0.7, 0.9, 5, 0.01, 3, 0.9, 20.0)),
+    candidates("victim", [], {1: -1.0, 2: -2.0}),
+    candidates("victim", [1, 2, 3], {7: -0.1, 639: -5.0}),
     advance("victim", [1, 2, 3], 3),
     advance("victim", []),
     End("victim", "finished"),
     Attached("laptop", 10.0),
     Refused("version", "no"),
     Delta("victim", 0, 0, b"payload"),
+    Choice("victim", 0, 0, 1),
 ]
 
 
@@ -72,7 +91,7 @@ def swap(rng: random.Random, frame: bytes) -> bytes:
 MUTATIONS: list[Callable[[random.Random, bytes], bytes]] = [flip, flip, cut, stretch, noise, nest, boast, swap, swap, swap]
 
 
-async def answer_of(link: Link, stream: str) -> Delta | End:
+async def answer_of(link: Link, stream: str) -> Delta | Choice | End:
     while (answer := await link.receive()).stream != stream:
         pass
     return answer
@@ -147,22 +166,28 @@ ids = st.lists(st.integers(0, 12), max_size=6)
 names = st.sampled_from(["a", "b", "c", "d"])
 turns = st.lists(st.builds(Turn, st.sampled_from(["user", "system"]), st.text(max_size=5)), max_size=3)
 queries = st.builds(Query, st.none() | turns, st.none() | st.text(max_size=5), st.none() | ids)
+samplings = st.builds(Sampling, st.floats(), st.floats(), st.integers(), max_bits=st.none() | st.floats()) | st.just(GREEDY)
+offered = st.dictionaries(st.integers(0, 12), st.floats(-50, 0), min_size=1, max_size=5)
 messages = st.one_of(
-    st.builds(Begin, names, names, st.just("laptop"), queries, st.just(1.0), ids),
+    st.builds(Begin, names, names, st.just("laptop"), queries, st.just(1.0), ids, st.none(), st.none() | samplings),
     st.builds(Advance, names, st.integers(0, 2**31 - 1), st.integers(0, 2**64 - 1), ids),
     st.builds(lambda name, tokens, new: advance(name, tokens, min(new, len(tokens))), names, ids, st.integers(0, 6)),
+    st.builds(Candidates, names, st.integers(0, 6), st.integers(0, 2**64 - 1), st.binary(max_size=30)),
+    st.builds(candidates, names, ids, offered),
     st.builds(End, names, st.just("finished")),
 )
 
 
 @given(st.lists(st.tuples(messages, st.booleans()), max_size=40))
 @settings(max_examples=200, deadline=None)
-def test_any_order_of_messages_keeps_the_streams_in_order(events: list[tuple[Begin | Advance | End, bool]]) -> None:
+def test_any_order_of_messages_keeps_the_streams_in_order(
+    events: list[tuple[Begin | Advance | Candidates | End, bool]],
+) -> None:
     streams = Streams("laptop", num_tokens=10, max_positions=20, limit=2, steering_key=None)
     evaluated: dict[int, list[int]] = {}
     for now, (message, take) in enumerate(events):
-        end = streams.feed(message, float(now))
-        assert end is None or end.stream == message.stream
+        answer = streams.feed(message, float(now))
+        assert answer is None or answer.stream == message.stream
         assert len(streams) <= 2
         if take:
             orders, closed = streams.take_orders()
@@ -174,4 +199,8 @@ def test_any_order_of_messages_keeps_the_streams_in_order(events: list[tuple[Beg
                 assert order.keep <= len(known)
                 evaluated[order.serial] = tokens = known[: order.keep] + list(order.tokens)
                 assert (order.position, order.prefix_hash) == (len(tokens), extend_hash(0, tokens))
+                delta = b"payload" if order.fusion == "cloud" else np.linspace(-1, 1, 10, dtype=np.float32)
+                sent = streams.answered(Answer(order.serial, order.position, order.prefix_hash, delta))
+                assert isinstance(sent, Delta) == (order.fusion == "cloud")
+                assert not isinstance(sent, Choice) or sent.token < 10
             assert len(evaluated) <= 2

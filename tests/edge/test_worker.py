@@ -26,11 +26,26 @@ from costeer_vllm.edge.worker import AttachmentRefused, EdgeSettings, EdgeWorker
 from costeer_vllm.edge.worker import run as run_worker
 from costeer_vllm.errors import InvalidParameter, Unsupported
 from costeer_vllm.protocol import keys
-from costeer_vllm.protocol.messages import Delta, End, Message, Query, Refused, Turn
+from costeer_vllm.protocol.messages import Attach, Choice, Delta, End, Message, Query, Refused, Sampling, Turn, decode_edge_to_hub
 from costeer_vllm.protocol.stream import extend_hash
 from costeer_vllm.vocab import fingerprint
 
-from .hub import CONTEXT, QUERY, TIMEOUT_S, Hub, advance, attached, begin, run, running, settings_for, welcome
+from .hub import (
+    CONTEXT,
+    GREEDY,
+    QUERY,
+    TIMEOUT_S,
+    Hub,
+    Link,
+    advance,
+    attached,
+    begin,
+    candidates,
+    run,
+    running,
+    settings_for,
+    welcome,
+)
 
 VOCAB = 640
 
@@ -253,6 +268,163 @@ def test_an_edit_of_the_context_takes_effect_at_the_next_begin(settings: EdgeSet
             end = await link.ask(begin("c"))
             assert end == End("c", "failed", NO_CONTEXT)
             twin.check(await link.ask(advance("a", [5, 6])), QUERY, [5, 6])
+
+    run(main())
+
+
+# --- edge fusion ---
+
+STRENGTH = 1.5
+
+
+def base_policy(seed: int, num: int = 40) -> dict[int, float]:
+    """Log-probabilities of some tokens, by id; padding of a larger vocabulary is among them."""
+    rng = np.random.default_rng(seed)
+    ids = [*rng.choice(VOCAB, num - 2, replace=False).tolist(), VOCAB, VOCAB + 63]
+    return dict(zip(ids, np.log(rng.dirichlet(np.ones(num))).tolist(), strict=True))
+
+
+async def generate(link: Link, stream: str, sampling: Sampling, num_tokens: int = 6, query: Query = QUERY) -> list[int]:
+    """A whole edge-fused stream; the base policies are those of ``base_policy``."""
+    await link.send(begin(stream, query, sampling=sampling, strength=STRENGTH))
+    generated: list[int] = []
+    for position in range(num_tokens):
+        choice = await link.ask(candidates(stream, generated, base_policy(position)))
+        assert choice == Choice(stream, position, extend_hash(0, generated), getattr(choice, "token", None))
+        generated.append(choice.token)
+        await link.send(advance(stream, generated))
+    await link.send(End(stream, "finished"))
+    return generated
+
+
+def greedy_reference(twin: Twin, generated: list[int], query: Query = QUERY) -> int:
+    """Base policy and delta fused by the definition, without the package's own fusion."""
+    base, delta = base_policy(len(generated)), twin.delta(query, generated)
+    return max((token for token in base if token < VOCAB), key=lambda token: base[token] + STRENGTH * delta[token])
+
+
+def test_an_edge_fused_stream_chooses_its_tokens_and_sends_nothing_else(settings: EdgeSettings, twin: Twin) -> None:
+    sent: list[bytes] = []
+
+    async def main() -> None:
+        async with attached(settings, on_frame_sent=sent.append) as (_, link, _):
+            generated = await generate(link, "s", GREEDY)
+            assert generated == [greedy_reference(twin, generated[:i]) for i in range(len(generated))]
+            end = await link.ask(candidates("s", generated, base_policy(0)))
+            assert isinstance(end, End)
+            assert end.reason == "unknown_stream"
+
+    run(main())
+    up = [decode_edge_to_hub(frame) for frame in sent]
+    assert [type(message) for message in up] == [Attach, *[Choice] * 6, End]
+    assert max(len(frame) for frame in sent[1:7]) < 100
+
+
+def test_an_edge_fused_stream_draws_as_it_is_asked_to(settings: EdgeSettings, twin: Twin) -> None:
+    """The same seed gives the same answer on this device; with the two likeliest tokens only, one of them is drawn."""
+
+    async def main() -> None:
+        async with attached(settings) as (_, link, worker):
+            seeds = {"a": 4, "b": 4, "c": 5}
+            answers = [await generate(link, name, Sampling(temperature=5.0, seed=seed)) for name, seed in seeds.items()]
+            assert answers[0] == answers[1] != answers[2]
+            told = [worker._disclosures.of(name, None) for name in "abc"]
+            assert told[0].bits == pytest.approx(told[1].bits, abs=1e-3)
+            assert told[0].bits != pytest.approx(told[2].bits, abs=1e-3)
+            assert [len(one.drawn) for one in told] == [6, 6, 6]
+            delta = twin.delta(QUERY, [])
+            fused = {t: value + STRENGTH * delta[t] for t, value in base_policy(0).items() if t < VOCAB}
+            likeliest = sorted(fused, key=fused.__getitem__)[-2:]
+            drawn = {(await generate(link, f"k{i}", Sampling(50.0, top_k=2), 1))[0] for i in range(25)}
+            assert drawn == set(likeliest)
+
+    run(main())
+
+
+def test_candidates_may_come_before_the_small_model_is_done_and_after(
+    settings: EdgeSettings, twin: Twin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = threading.Semaphore(0)
+    turn = Evaluator.turn
+
+    def counted(self: Evaluator, orders: Any, closed: Any) -> Any:
+        results = turn(self, orders, closed)
+        for _ in results:
+            done.release()
+        return results
+
+    monkeypatch.setattr(Evaluator, "turn", counted)
+
+    async def main() -> None:
+        async with attached(settings) as (_, link, _):
+            for stream, is_late in (("late", True), ("early", False)):
+                await link.send(begin(stream, sampling=GREEDY, strength=STRENGTH))
+                if is_late:
+                    assert await asyncio.get_running_loop().run_in_executor(None, done.acquire, True, TIMEOUT_S)
+                offered = candidates(stream, [], base_policy(0))
+                choice = await link.ask(offered)
+                assert choice == Choice(stream, 0, 0, greedy_reference(twin, []))
+                assert await link.ask(offered) == choice
+
+    run(main())
+
+
+def test_edge_and_cloud_fusion_side_by_side(settings: EdgeSettings, twin: Twin) -> None:
+    for delta in ("lossless", "sparse"):
+
+        async def main(delta: Any = delta) -> None:
+            async with attached(replace(settings, delta=delta)) as (_, link, _):
+                answer = await link.ask(begin("cloud"))
+                assert isinstance(answer, Delta)
+                generated = await generate(link, "edge", GREEDY, 2)
+                assert generated[0] == greedy_reference(twin, [])
+                answer = await link.ask(advance("cloud", [5]))
+                assert isinstance(answer, Delta)
+                found, expected = decode(answer.payload, VOCAB), twin.delta(QUERY, [5])
+                shift = found.values - (expected if isinstance(found, DenseDelta) else expected[found.ids])
+                assert np.ptp(shift) < 0.02 * max(1.0, np.abs(found.values).max())
+
+        run(main())
+
+
+def test_a_device_of_tokens_only_sends_no_delta(settings: EdgeSettings, twin: Twin) -> None:
+    sent: list[bytes] = []
+
+    async def main() -> None:
+        tokens_only = replace(settings, tokens_only=True, max_bits=0.0)
+        async with attached(tokens_only, on_frame_sent=sent.append) as (hub, link, worker):
+            assert hub.attaches[0].fusions == ("edge",)
+            end = await link.ask(begin("cloud"))
+            assert end == End("cloud", "refused", "this edge worker does not consent to cloud fusion")
+            generated = await generate(link, "s", GREEDY)
+            base = [{t: p for t, p in base_policy(i).items() if t < VOCAB} for i in range(6)]
+            assert generated == [max(one, key=one.__getitem__) for one in base], "with no budget the base policy decides"
+            assert worker._disclosures.of("s", None, 50.0).max_bits == 0.0
+
+    run(main())
+    assert not [frame for frame in sent if isinstance(decode_edge_to_hub(frame), Delta)]
+
+
+def test_a_device_consents_to_both_fusions_unless_it_is_told(settings: EdgeSettings) -> None:
+    async def main() -> None:
+        async with attached(settings) as (hub, _, _):
+            assert hub.attaches[0].fusions == ("cloud", "edge")
+
+    run(main())
+
+
+def test_a_chooser_that_fails_ends_its_stream_and_the_others_go_on(settings: EdgeSettings, twin: Twin) -> None:
+    async def main() -> None:
+        async with attached(settings) as (_, link, _):
+            await link.send(begin("good", sampling=GREEDY, strength=STRENGTH))
+            await link.send(begin("bad", sampling=GREEDY))
+            end = await link.ask(candidates("bad", [], {VOCAB: -0.7, VOCAB + 1: -0.7}))
+            assert end == End("bad", "failed", "none of the candidates is a token of the small model")
+            end = await link.ask(begin("worse", sampling=Sampling(top_p=float("nan"))))
+            assert isinstance(end, End)
+            assert (end.reason, "top_p is nan" in end.sentence) == ("failed", True)
+            choice = await link.ask(candidates("good", [], base_policy(0)))
+            assert choice == Choice("good", 0, 0, greedy_reference(twin, []))
 
     run(main())
 
@@ -515,11 +687,18 @@ def test_hub_addresses_that_are_none(given: str) -> None:
         ("max_streams", 4097),
         ("threads", 0),
         ("hub", "gopher://x"),
+        ("max_bits", 5.0),  # without tokens_only, deltas would tell more
     ],
 )
 def test_settings_that_cannot_be_used(settings: EdgeSettings, field: str, value: Any) -> None:
     with pytest.raises(InvalidParameter, match=field):
         replace(settings, **{field: value})
+
+
+@pytest.mark.parametrize("max_bits", [-0.1, float("nan"), float("inf")])
+def test_a_budget_that_is_none(settings: EdgeSettings, max_bits: float) -> None:
+    with pytest.raises(InvalidParameter, match="max_bits"):
+        replace(settings, tokens_only=True, max_bits=max_bits)
 
 
 def test_keys_are_not_shown(settings: EdgeSettings) -> None:

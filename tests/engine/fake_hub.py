@@ -2,17 +2,20 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import numpy as np
 import zmq
 
+from costeer_vllm.candidates import BasePolicy, decode_candidates
 from costeer_vllm.delta import encode_lossless
 from costeer_vllm.protocol import keys
 from costeer_vllm.protocol.messages import (
     Advance,
     Begin,
+    Candidates,
+    Choice,
     Delta,
     End,
     HubToEngine,
@@ -116,12 +119,21 @@ def delta_of(tokens: Iterable[int], vocab_size: int) -> np.ndarray:
     return np.random.default_rng([7, *tokens]).normal(0, 2, vocab_size).astype(np.float32)
 
 
+def choice_of(tokens: Sequence[int], ids: Sequence[int]) -> int:
+    """The candidate that the edge worker of these tests chooses after a prefix, likely or not."""
+    return int(ids[(3 * sum(tokens) + len(tokens)) % len(ids)])
+
+
 class ExactEdges:
-    """Answers every Begin and Advance with the exact delta of its prefix, and ends a stream that does not hold together."""
+    """Answers every Begin and Advance with the exact delta of its prefix, and ends a stream that does not hold together.
+
+    An edge-fused stream is answered when its Candidates come, with one of them.
+    """
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self.prefixes: dict[str, list[int]] = {}
+        self.offers: dict[str, list[BasePolicy]] = {}  # of the edge-fused streams, in order
         self.problems: list[str] = []
 
     def __call__(self, message: Message) -> Iterable[HubToEngine]:
@@ -132,7 +144,9 @@ class ExactEdges:
                 if message.stream in self.prefixes:
                     self.problems.append(f"{message.stream} begins twice")
                 self.prefixes[message.stream] = list(message.tokens)
-                return [self.delta(message.stream)]
+                if message.sampling is not None:
+                    self.offers[message.stream] = []
+                return self.answer(message.stream)
             case Advance():
                 prefix = self.prefixes.get(message.stream)
                 if prefix is None:
@@ -141,11 +155,24 @@ class ExactEdges:
                 prefix += message.tokens
                 if (message.position, message.prefix_hash) != (len(prefix), extend_hash(0, prefix)):
                     self.problems.append(f"{message.stream} advances to a prefix that is not {prefix}")
-                return [self.delta(message.stream)]
+                return self.answer(message.stream)
+            case Candidates():
+                return [self.choice(message)]
             case End():
                 if self.prefixes.pop(message.stream, None) is None:
                     self.problems.append(f"{message.stream} ends without a beginning")
         return []
+
+    def answer(self, stream: str) -> list[Delta]:
+        return [] if stream in self.offers else [self.delta(stream)]
+
+    def choice(self, offer: Candidates) -> Choice:
+        prefix = self.prefixes[offer.stream]
+        if (offer.position, offer.prefix_hash) != (len(prefix), extend_hash(0, prefix)):
+            self.problems.append(f"{offer.stream} offers for a prefix that is not {prefix}")
+        base = decode_candidates(offer.payload)
+        self.offers[offer.stream].append(base)
+        return Choice(offer.stream, offer.position, offer.prefix_hash, choice_of(prefix, base.ids))
 
     def delta(self, stream: str) -> Delta:
         prefix = self.prefixes[stream]

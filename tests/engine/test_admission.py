@@ -44,6 +44,17 @@ def test_a_permission_names_the_worker_that_the_hub_chose(hub: FakeHub) -> None:
     assert admitted.strength == parse_options({"T": 5}).strength
 
 
+def test_edge_fusion_is_asked_for_and_goes_to_the_engine(hub: FakeHub) -> None:
+    hub.answer = admitting("laptop", False)
+    permission = ask(parse_options({"fusion": "edge", "candidates": 32, "rounding": 0.25, "max_bits": 20, "confidence": 0.9}))
+    assert hub.next(Admit).fusion == "edge"
+    admitted = parse_admitted(permission.steer("chatcmpl-1", QUERY))
+    fields = admitted.fusion, admitted.candidates, admitted.rounding, admitted.max_bits, admitted.confidence
+    assert fields == ("edge", 32, 0.25, 20.0, 0.9)
+    ask(parse_options({}))
+    assert hub.next(Admit).fusion == "cloud"
+
+
 def test_a_key_goes_no_further_than_its_digest(hub: FakeHub) -> None:
     hub.answer = admitting("laptop", True)
     permission = ask(parse_options({"worker": "laptop", "key": KEY}))

@@ -15,9 +15,9 @@ from costeer_vllm.request import SteeringRequest
 VOCAB = 50
 
 
-def stream(delta: DenseDelta | SparseDelta | None, strength: float = 2.0, **fields: Any) -> SteeredStream:
+def stream(answer: DenseDelta | SparseDelta | int | None, strength: float = 2.0, **fields: Any) -> SteeredStream:
     request = SteeringRequest("r", "laptop", Query(prompt="Hello?"), strength, **fields)
-    return SteeredStream("s", request, frozenset(), answer=delta)
+    return SteeredStream("s", request, frozenset(), answer=answer)
 
 
 def dense(seed: int) -> DenseDelta:
@@ -59,3 +59,26 @@ def test_without_a_gate_even_certainty_is_steered() -> None:
     steer_batch(logits, {0: stream(sparse()), 1: stream(sparse(), confidence=0.5)})
     assert logits[:, 3].tolist() == [3.0, 0.0]
     assert not logits.isnan().any()
+
+
+def test_a_row_whose_token_was_chosen_is_left_that_token_alone() -> None:
+    logits = torch.randn(5, VOCAB)
+    logits[1, 30] = -torch.inf
+    before = logits.clone()
+    few = sparse()
+    # Neither the gate nor the strength has a say: both were the device's to look at.
+    steer_batch(logits, {0: stream(17, 0.0), 1: stream(0, confidence=0.0), 2: stream(few), 4: stream(VOCAB - 1), 3: stream(None)})
+    for row, token in ((0, 17), (1, 0), (4, VOCAB - 1)):
+        assert logits[row].isfinite().nonzero().tolist() == [[token]]
+        assert logits[row, token] == 0.0
+        assert logits[row].softmax(-1)[token] == 1.0
+        assert logits[row].argmax() == token
+    assert (logits[2] - before[2]).count_nonzero() == 2
+    assert torch.equal(logits[3], before[3])
+
+
+def test_a_batch_of_chosen_tokens_only() -> None:
+    logits = torch.randn(3, VOCAB)
+    steer_batch(logits, {row: stream(row + 1) for row in range(3)})
+    assert logits.argmax(-1).tolist() == [1, 2, 3]
+    assert (logits > -torch.inf).sum() == 3

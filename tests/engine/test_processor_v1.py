@@ -17,17 +17,31 @@ from vllm.v1.sample.logits_processor.state import LogitsProcessors
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
 from costeer_vllm.delta import encode_lossless
+from costeer_vllm.engine import hooks
 from costeer_vllm.engine.processor import CoSteerLogitsProcessor
 from costeer_vllm.errors import InvalidParameter
-from costeer_vllm.protocol.messages import Advance, Begin, Delta, End, Join, Joined, Message, Query
+from costeer_vllm.protocol.messages import (
+    Advance,
+    Begin,
+    Candidates,
+    Choice,
+    Delta,
+    End,
+    Join,
+    Joined,
+    Message,
+    Query,
+    Sampling,
+)
 from costeer_vllm.protocol.stream import extend_hash
 from costeer_vllm.request import SteeringRequest, to_extra_args
 
-from .fake_hub import TIMEOUT_S, ExactEdges, FakeHub, delta_of
+from .fake_hub import TIMEOUT_S, ExactEdges, FakeHub, choice_of, delta_of
 
 VOCAB = 16
 STOP = 15
 STRENGTH = 1.5
+EDGE: dict[str, Any] = {"fusion": "edge", "candidates": 5}
 SWAP, UNIDIRECTIONAL = MoveDirectionality.SWAP, MoveDirectionality.UNIDIRECTIONAL
 
 pytestmark = pytest.mark.timeout(TIMEOUT_S * 3)
@@ -106,6 +120,12 @@ def assert_steered(row: torch.Tensor, tokens: list[int], strength: float = STREN
     torch.testing.assert_close(row, expected(tokens, strength), rtol=1e-4, atol=1e-4)
 
 
+def assert_chosen(row: torch.Tensor, before: torch.Tensor, tokens: list[int], num_candidates: int = 5) -> None:
+    """The row of an edge-fused request: nothing is left but what the edge worker chose among the likeliest."""
+    likeliest = before.topk(num_candidates).indices.sort().values.tolist()
+    assert row.isfinite().nonzero().tolist() == [[choice_of(tokens, likeliest)]]
+
+
 @dataclass
 class Generation:
     """One request as the scheduler knows it."""
@@ -113,6 +133,7 @@ class Generation:
     name: str
     params: SamplingParams
     steered: bool
+    is_edge_fused: bool = False
     chunks: int = 0  # steps of prefill left that choose no token
     tokens: list[int] = field(default_factory=list)
     stopped: bool = False
@@ -135,7 +156,7 @@ class Runner:
             logitsprocs_need_output_token_ids=True,  # as for a processor that is named on the command line
         )
         self.states: dict[str, CachedRequestState] = {}
-        self.steered_rows = 0
+        self.steered_rows = [0, 0]  # fused in the cloud, at the edge
 
     def step(self, scheduled: list[Generation]) -> None:
         """One step in which these requests are scheduled, and all others are not."""
@@ -144,15 +165,20 @@ class Runner:
         logits = torch.randn(self.batch.num_reqs, VOCAB)
         before = logits.clone()
         self.batch.update_async_output_token_ids()
-        self.processor.apply(logits)
         rows = [next(g for g in scheduled if g.name == name) for name in self.batch.req_ids]
+        mask = SimpleNamespace(np=np.array([g.chunks > 0 for g in rows] + [True] * 3))
+        runner = SimpleNamespace(input_batch=self.batch, discard_request_mask=mask)
+        hooks._sample(lambda _: self.processor.apply(logits), runner)  # as it is wrapped around the runner's own
         for row, generation in enumerate(rows):
-            if generation.steered and not generation.stopped:
-                assert_steered(logits[row] - before[row], generation.tokens)
-                self.steered_rows += 1
-            elif not generation.steered:
+            if not generation.steered or generation.chunks:
                 assert torch.equal(logits[row], before[row])
-        self.sample(rows)
+            elif not generation.stopped:
+                if generation.is_edge_fused:
+                    assert_chosen(logits[row], before[row], generation.tokens)
+                else:
+                    assert_steered(logits[row] - before[row], generation.tokens)
+                self.steered_rows[generation.is_edge_fused] += 1
+        self.sample(rows, logits)
 
     def update_states(self, scheduled: dict[str, Generation]) -> None:
         for name in list(self.batch.req_id_to_index):
@@ -173,8 +199,11 @@ class Runner:
         if self.batch.num_reqs > 1 and self.rng.random() < 0.5:  # as attention backends do
             self.batch.swap_states(*self.rng.sample(range(self.batch.num_reqs), 2))
 
-    def sample(self, rows: list[Generation]) -> None:
+    def sample(self, rows: list[Generation], logits: torch.Tensor) -> None:
         sampled = [STOP if self.rng.random() < 0.1 else self.rng.randrange(STOP) for _ in rows]
+        for row, generation in enumerate(rows):
+            if generation.is_edge_fused:
+                sampled[row] = int(logits[row].argmax())
         kept: dict[str, int] = {}
         for row, generation in enumerate(rows):
             if generation.chunks:
@@ -207,12 +236,12 @@ def test_every_row_of_every_step_gets_its_own_delta(
     stopping: list[Generation] = []
     for number in range(40):
         while len(alive) < 6 and rng.random() < 0.5:
-            steered = rng.random() < 0.7
+            steered, is_edge_fused = rng.choice([(False, False), (True, False), (True, True)])
             name = f"r{number}-{len(alive)}"
-            own = params(name if steered else None)
+            own = params(name if steered else None, **EDGE if is_edge_fused else {})
             if not steered and rng.random() < 0.5:
                 own.extra_args = {"costeer": rng.choice(GARBAGE)}
-            alive.append(Generation(name, own, steered, chunks=rng.choice([0, 0, 1, 2])))
+            alive.append(Generation(name, own, steered, is_edge_fused, chunks=rng.choice([0, 0, 1, 2])))
         waiting = [g for g in alive if g.tokens and not g.stopped and rng.random() < 0.2]
         runner.step([g for g in alive if g not in waiting])
         # Without async scheduling a stop is seen before the next step, with it one step later.
@@ -230,7 +259,8 @@ def test_every_row_of_every_step_gets_its_own_delta(
     assert isinstance(edges, ExactEdges)
     assert edges.problems == []
     assert edges.prefixes == {}
-    assert runner.steered_rows > 50
+    assert sum(runner.steered_rows) > 40
+    assert min(runner.steered_rows) >= 3
     steered, missed = accounts(hub)
     assert sum(missed.values()) == 0
     for generation in [*finished, *alive] if not is_async else finished:
@@ -436,6 +466,223 @@ def test_masked_logits_stay_masked_and_nothing_becomes_nan(hub: FakeHub, process
     processor.apply(logits)
     assert logits[0, 3] == -1e7
     assert torch.isneginf(torch.cat([logits[0, :3], logits[0, 4:]])).all()
+
+
+# Edge fusion
+
+
+def edges_of(hub: FakeHub) -> ExactEdges:
+    assert isinstance(hub.answer, ExactEdges)
+    return hub.answer
+
+
+def test_a_begin_says_how_to_draw(processor: CoSteerLogitsProcessor, hub: FakeHub) -> None:
+    own = params("a", confidence=0.9, max_bits=12.0, rounding=0.25, **EDGE)
+    own.temperature, own.top_p, own.top_k, own.min_p, own.seed = 0.7, 0.9, 20, 0.1, 5
+    everything = params("b", **EDGE)
+    everything.top_k = -1  # all, in vLLM's words
+    processor.update_state(update(add=[added(0, own, [4]), added(1, everything, []), added(2, params("c"), [])]))
+    hear_out(hub, processor)
+    assert [begin.sampling for begin in hub.messages(Begin)] == [Sampling(0.7, 0.9, 20, 0.1, 5, 0.9, 12.0), Sampling(), None]
+
+
+def test_plain_cloud_fused_and_edge_fused_rows_in_one_batch(processor: CoSteerLogitsProcessor, hub: FakeHub) -> None:
+    tokens: dict[str, list[int]] = {name: [] for name in ("cloud", "edge", "few")}
+    processor.update_state(
+        update(
+            add=[
+                added(0, params("edge", **EDGE), tokens["edge"]),
+                added(1, params(), []),
+                added(2, params("cloud"), tokens["cloud"]),
+                added(3, params("few", fusion="edge", candidates=2), tokens["few"]),
+            ]
+        )
+    )
+    for step in range(4):
+        logits = torch.randn(5, VOCAB)
+        before = logits.clone()
+        assert processor.apply(logits) is logits
+        assert_chosen(logits[0], before[0], tokens["edge"])
+        assert_chosen(logits[3], before[3], tokens["few"], 2)
+        assert_steered(logits[2] - before[2], tokens["cloud"])
+        assert torch.equal(logits[[1, 4]], before[[1, 4]])
+        for name, row in (("cloud", 2), ("edge", 0), ("few", 3)):
+            tokens[name].append(int(logits[row].argmax()))
+        processor.update_state(None)
+        stream = next(stream for stream in edges_of(hub).offers if stream.startswith("edge"))
+        (base,) = edges_of(hub).offers[stream][step:]
+        np.testing.assert_allclose(base.log_probs, before[0].double().log_softmax(-1)[base.ids].numpy(), atol=1e-5)
+    processor.update_state(update(removed=[0, 2, 3]))
+    hear_out(hub, processor)
+    assert edges_of(hub).problems == []
+    assert len(hub.messages(Candidates)) == 8
+    assert accounts(hub) == ({"cloud": 4, "edge": 4, "few": 4}, {"cloud": 0, "edge": 0, "few": 0})
+
+
+def test_candidates_are_rounded_as_the_request_asks(processor: CoSteerLogitsProcessor, hub: FakeHub) -> None:
+    processor.update_state(update(add=[added(0, params("a", rounding=0.5, **EDGE), [])]))
+    processor.apply(torch.randn(1, VOCAB))
+    ((base,),) = edges_of(hub).offers.values()
+    assert (base.log_probs % 0.5 == 0).all()
+
+
+def test_candidates_are_of_the_logits_that_will_be_sampled_from(processor: CoSteerLogitsProcessor, hub: FakeHub) -> None:
+    """V1 applies penalties after the logits processors."""
+    own = params("a", fusion="edge", candidates=VOCAB)
+    own.repetition_penalty, own.frequency_penalty, own.presence_penalty = 2.0, 0.5, 0.25
+    output_ids = [3, 3, 5]
+    processor.update_state(update(add=[(0, own, [2, 3], output_ids), added(1, params(), [])]))
+    processor.update_state(update(moved=[(0, 1, SWAP)]))
+    logits = torch.randn(2, VOCAB)
+    penalized = logits[1].double()
+    for token in (2, 3, 5):
+        penalized[token] *= 0.5 if penalized[token] > 0 else 2.0
+    penalized[3] -= 2 * 0.5 + 0.25
+    penalized[5] -= 0.5 + 0.25
+    processor.apply(logits)
+    ((base,),) = edges_of(hub).offers.values()
+    np.testing.assert_allclose(base.log_probs, penalized.log_softmax(-1)[base.ids].numpy(), atol=1e-5)
+    assert logits[1].isfinite().sum() == 1
+
+
+def test_only_what_a_grammar_allows_is_offered(processor: CoSteerLogitsProcessor, hub: FakeHub) -> None:
+    processor.update_state(update(add=[added(0, params("a", **EDGE), [])]))
+    logits = torch.full((1, VOCAB), -torch.inf)
+    logits[0, [4, 9]] = torch.tensor([0.1, 0.2])
+    processor.apply(logits)
+    ((base,),) = edges_of(hub).offers.values()
+    assert base.ids.tolist() == [4, 9]
+    assert logits.isfinite().nonzero().tolist() == [[0, choice_of([], [4, 9])]]
+
+
+def test_a_row_without_a_distribution_is_neither_offered_nor_waited_for(processor: CoSteerLogitsProcessor, hub: FakeHub) -> None:
+    tokens: list[int] = []
+    processor.update_state(update(add=[added(0, params("bad", **EDGE), tokens), added(1, params("good", **EDGE), [])]))
+    logits = torch.randn(2, VOCAB)
+    logits[0, 3] = torch.nan
+    before = logits.clone()
+    processor.apply(logits)  # a wait of a minute would fail the test
+    assert torch.equal(logits[0].isnan(), before[0].isnan())
+    assert_chosen(logits[1], before[1], [])
+    processor.update_state(update(removed=[0, 1]))
+    hear_out(hub, processor)
+    assert [offer.stream.partition(".")[0] for offer in hub.messages(Candidates)] == ["good"]
+
+
+def test_chunks_of_a_prefill_neither_ask_nor_wait(processor: CoSteerLogitsProcessor, hub: FakeHub) -> None:
+    exact = hub.answer
+    hub.answer = lambda message: []  # whoever waits now waits for a minute
+    tokens: list[int] = []
+    processor.update_state(update(add=[added(0, params("edge", **EDGE), tokens), added(1, params("cloud"), [])]))
+    for _ in range(3):
+        processor.unfinished_rows = frozenset({0, 1})
+        assert torch.equal(steer(processor, 2), torch.zeros(2, VOCAB))
+        processor.update_state(None)
+    hear_out(hub, processor)
+    assert hub.messages(Candidates) == []
+    for begin in hub.messages(Begin):
+        hub.send(*exact(begin))
+    hub.answer = exact
+    processor.unfinished_rows = frozenset({1})
+    logits = torch.randn(2, VOCAB)
+    before = logits.clone()
+    processor.apply(logits)
+    assert_chosen(logits[0], before[0], [])
+    assert torch.equal(logits[1], before[1])
+    tokens.append(int(logits[0].argmax()))
+    processor.unfinished_rows = frozenset()
+    processor.update_state(None)
+    processor.apply(logits := torch.randn(2, VOCAB))
+    assert logits[0].isfinite().sum() == 1
+    processor.update_state(update(removed=[0, 1]))
+    hear_out(hub, processor)
+    assert accounts(hub) == ({"edge": 1, "cloud": 0}, {"edge": 0, "cloud": 0})
+
+
+def test_which_rows_are_chunks_is_told_before_they_are_sampled() -> None:
+    ours, other = SimpleNamespace(unfinished_rows=frozenset({7})), SimpleNamespace()
+    batch = SimpleNamespace(num_reqs=3, logitsprocs=SimpleNamespace(non_argmax_invariant=[other, ours]))
+    mask = SimpleNamespace(np=np.array([True, False, True, True]))  # the last is left over from a larger batch
+    runner = SimpleNamespace(input_batch=batch, discard_request_mask=mask)
+    seen = hooks._sample(lambda runner, logits, spec=None: (ours.unfinished_rows, logits, spec), runner, "logits", spec=1)
+    assert seen == (frozenset({0, 2}), "logits", 1)
+    assert not hasattr(other, "unfinished_rows")
+
+
+def test_a_token_that_was_not_offered_is_not_forced(processor: CoSteerLogitsProcessor, hub: FakeHub) -> None:
+    def rogue(message: Message) -> list[Any]:
+        if isinstance(message, Candidates):
+            return [Choice(message.stream, message.position, message.prefix_hash, VOCAB + message.position)]
+        return [Joined("x")] if isinstance(message, Join) else []
+
+    hub.answer = rogue
+    tokens: list[int] = []
+    processor.update_state(update(add=[added(0, params("a", **EDGE), tokens)]))
+    for token in range(3):
+        assert torch.equal(steer(processor, 1), torch.zeros(1, VOCAB))
+        tokens.append(token)
+        processor.update_state(None)
+    processor.update_state(update(removed=[0]))
+    hear_out(hub, processor)
+    assert accounts(hub) == ({"a": 0}, {"a": 3})
+
+
+def test_a_device_that_is_gone_costs_no_further_look_at_the_vocabulary(
+    processor: CoSteerLogitsProcessor, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    exact = hub.answer
+    hub.answer = lambda message: (
+        [End(message.stream, "detached")] if isinstance(message, Candidates) and message.position else exact(message)
+    )
+    tokens: list[int] = []
+    processor.update_state(update(add=[added(0, params("a", **EDGE), tokens)]))
+    for token in range(4):
+        if token == 2:
+            monkeypatch.setattr("costeer_vllm.engine.processor.base_policies", None)
+        logits = torch.randn(1, VOCAB)
+        processor.apply(logits)
+        assert logits.isfinite().sum() == (1 if token == 0 else VOCAB)
+        tokens.append(int(logits.argmax()))
+        processor.update_state(None)
+    assert "failed" not in log.text
+    processor.update_state(update(removed=[0]))
+    hear_out(hub, processor)
+    assert accounts(hub) == ({"a": 1}, {"a": 3})
+
+
+def test_a_silent_device_leaves_its_row_to_the_base_policy(processor: CoSteerLogitsProcessor, hub: FakeHub) -> None:
+    exact = hub.answer
+    hub.answer = lambda message: [] if isinstance(message, Candidates) else exact(message)
+    tokens: list[int] = []
+    processor.update_state(update(add=[added(0, params("a", deadline_ms=1.0, **EDGE), tokens)]))
+    for token in range(3):
+        assert torch.equal(steer(processor, 1), torch.zeros(1, VOCAB))
+        tokens.append(token)
+        processor.update_state(None)
+    processor.update_state(update(removed=[0]))
+    hear_out(hub, processor)
+    assert len(hub.messages(Candidates)) == 3  # asked at every position all the same: it may come back
+    assert accounts(hub) == ({"a": 0}, {"a": 3})
+
+
+def test_an_edge_fused_request_whose_tokens_are_taken_back_begins_again_at_the_edge(
+    processor: CoSteerLogitsProcessor, hub: FakeHub
+) -> None:
+    own = params("a", fusion="edge", candidates=VOCAB)
+    own.frequency_penalty = 1.0
+    tokens: list[int] = []
+    processor.update_state(update(add=[added(0, own, tokens)]))
+    for _ in range(3):
+        processor.apply(logits := torch.zeros(1, VOCAB))
+        tokens.append(int(logits.argmax()))
+        processor.update_state(None)
+    del tokens[1:]
+    processor.update_state(None)
+    processor.apply(logits := torch.zeros(1, VOCAB))
+    assert logits.isfinite().nonzero().tolist() == [[0, choice_of(tokens, range(VOCAB))]]
+    assert [(begin.tokens, begin.sampling) for begin in hub.messages(Begin)] == [([], Sampling()), (tokens, Sampling())]
+    base = list(edges_of(hub).offers.values())[1][0]
+    assert base.ids[base.log_probs.argmin()] == tokens[0], "penalties go on as well"
 
 
 # Hooks never raise

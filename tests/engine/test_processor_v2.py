@@ -16,10 +16,23 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, 
 from vllm.v1.worker.gpu.states import RequestState
 
 from costeer_vllm.engine.processor import CoSteerLogitsProcessor
-from costeer_vllm.protocol.messages import Advance, Begin, End
+from costeer_vllm.protocol.messages import Advance, Begin, Candidates, End, Sampling
 
 from .fake_hub import TIMEOUT_S, ExactEdges, FakeHub
-from .test_processor_v1 import GARBAGE, STOP, VOCAB, accounts, assert_steered, config, hear_out, leave, params
+from .test_processor_v1 import (
+    EDGE,
+    GARBAGE,
+    STOP,
+    VOCAB,
+    accounts,
+    assert_chosen,
+    assert_steered,
+    config,
+    edges_of,
+    hear_out,
+    leave,
+    params,
+)
 
 SLOTS = 4
 MAX_LEN = 64
@@ -62,6 +75,7 @@ class Generation:
     name: str
     params: SamplingParams
     steered: bool
+    is_edge_fused: bool = False
     chunks: int = 0  # steps of prefill left that choose no token
     tokens: list[int] = field(default_factory=list)
     stopped: bool = False
@@ -73,7 +87,7 @@ class Runner:
     def __init__(self, processor: CoSteerLogitsProcessor, state: RequestState, rng: random.Random, stops: float = 0.0) -> None:
         self.processor, self.state, self.rng, self.stops = processor, state, rng, stops
         self.needs_apply: set[int] = set()
-        self.steered_rows = 0
+        self.steered_rows = [0, 0]  # fused in the cloud, at the edge
 
     def step(self, scheduled: list[Generation], gone: list[Generation]) -> None:
         """``gone`` finished, were aborted or preempted since the last step; those that have no slot get one."""
@@ -94,11 +108,14 @@ class Runner:
         for row, generation in enumerate(rows):
             difference = logits[row] - before[row]
             if generation.steered and not generation.chunks and not generation.stopped:
-                assert_steered(difference, generation.tokens)
-                self.steered_rows += 1
+                if generation.is_edge_fused:
+                    assert_chosen(logits[row], before[row], generation.tokens)
+                else:
+                    assert_steered(difference, generation.tokens)
+                self.steered_rows[generation.is_edge_fused] += 1
             elif not generation.steered or generation.chunks:
                 assert torch.equal(difference, torch.zeros(VOCAB))
-        self.sample(rows)
+        self.sample(rows, logits)
 
     def add(self, generation: Generation) -> None:
         self.state.add_request(generation.name, len(PROMPT), PROMPT + generation.tokens, 0, 32)
@@ -113,12 +130,14 @@ class Runner:
         mapping, zeros = torch.from_numpy(slots), torch.zeros(len(rows), dtype=torch.int64)
         return LogitsContext(mapping, mapping, slots, zeros, zeros, torch.from_numpy(lengths - 1), lengths)
 
-    def sample(self, rows: list[Generation]) -> None:
-        for generation in rows:
+    def sample(self, rows: list[Generation], logits: torch.Tensor) -> None:
+        for row, generation in enumerate(rows):
             if generation.chunks:
                 generation.chunks -= 1
                 continue
             token = STOP if self.rng.random() < self.stops else self.rng.randrange(STOP)
+            if generation.is_edge_fused:
+                token = int(logits[row].argmax())
             slot = self.state.req_id_to_index[generation.name]
             self.state.all_token_ids.gpu[slot, self.state.total_len.gpu[slot]] = token
             self.state.total_len.gpu[slot] += 1
@@ -181,12 +200,12 @@ def test_every_row_of_every_step_gets_its_own_delta(
     gone: list[Generation] = []
     for number in range(40):
         while len(alive) < SLOTS and rng.random() < 0.5:
-            steered = rng.random() < 0.7
+            steered, is_edge_fused = rng.choice([(False, False), (True, False), (True, True)])
             name = f"r{number}-{len(alive)}"
-            own = params(name if steered else None)
+            own = params(name if steered else None, **EDGE if is_edge_fused else {})
             if not steered and rng.random() < 0.5:
                 own.extra_args = {"costeer": rng.choice(GARBAGE)}
-            alive.append(Generation(name, own, steered, chunks=rng.choice([0, 0, 1, 2])))
+            alive.append(Generation(name, own, steered, is_edge_fused, chunks=rng.choice([0, 0, 1, 2])))
         held = [g for g in alive if g.tokens and not g.stopped and rng.random() < 0.15]  # keep their slots
         preempted = [g for g in alive if g not in held and g.tokens and not g.stopped and rng.random() < 0.1]
         runner.step([g for g in alive if g not in held + preempted], gone + preempted)
@@ -202,7 +221,8 @@ def test_every_row_of_every_step_gets_its_own_delta(
     assert isinstance(edges, ExactEdges)
     assert edges.problems == []
     assert edges.prefixes == {}
-    assert runner.steered_rows > 25
+    assert sum(runner.steered_rows) > 20
+    assert min(runner.steered_rows) >= 3
     steered, missed = accounts(hub)
     assert sum(missed.values()) == 0
     for generation in [*finished, *alive]:
@@ -300,6 +320,69 @@ def test_a_token_of_a_request_that_left_is_not_looked_for_in_its_successors_row(
     assert "failed" not in log.text
 
 
+# Edge fusion
+
+
+def test_an_edge_fused_row_among_others_says_how_to_draw_and_gets_its_token(runner: Runner, hub: FakeHub) -> None:
+    own = params("edge", max_bits=3.0, **EDGE)
+    own.temperature, own.top_k = 0.0, -1
+    batch = [Generation("edge", own, True, True), Generation("cloud", params("cloud"), True), Generation("no", params(), False)]
+    for _ in range(5):
+        runner.step(batch, [])
+    runner.step([], batch)
+    hear_out(hub, runner.processor)
+    assert runner.steered_rows == [5, 5]
+    assert {begin.stream.partition(".")[0]: begin.sampling for begin in hub.messages(Begin)} == {
+        "edge": Sampling(temperature=0.0, max_bits=3.0),
+        "cloud": None,
+    }
+    assert [offer.position for offer in hub.messages(Candidates)] == [0, 1, 2, 3, 4]
+    assert edges_of(hub).problems == []
+    assert accounts(hub) == ({"edge": 5, "cloud": 5}, {"edge": 0, "cloud": 0})
+
+
+def test_a_chunk_of_a_prefill_neither_asks_nor_waits_at_the_edge(runner: Runner, hub: FakeHub) -> None:
+    exact = hub.answer
+    hub.answer = lambda message: []  # whoever waits now waits for a minute
+    one = Generation("a", params("a", **EDGE), True, True, chunks=2)
+    runner.step([one], [])
+    runner.step([one], [])
+    hear_out(hub, runner.processor)
+    assert hub.messages(Candidates) == []
+    exact(hub.messages(Begin)[0])
+    hub.answer = exact
+    runner.step([one], [])
+    runner.step([], [one])
+    hear_out(hub, runner.processor)
+    assert accounts(hub) == ({"a": 1}, {"a": 0})
+
+
+def test_the_runner_has_applied_the_penalties_before(runner: Runner, state: RequestState, hub: FakeHub) -> None:
+    """Model Runner V2 applies them before its logits processors: they must not count twice."""
+    own = params("a", fusion="edge", candidates=VOCAB)
+    own.repetition_penalty, own.frequency_penalty = 2.0, 0.5
+    one = Generation("a", own, True, True)
+    runner.add(one)
+    logits = torch.randn(1, VOCAB)
+    log_probs = logits[0].double().log_softmax(-1).numpy()
+    runner.processor.apply(logits, runner.context([one]))
+    ((base,),) = edges_of(hub).offers.values()
+    np.testing.assert_allclose(base.log_probs, log_probs, atol=1e-5)
+
+
+def test_a_preempted_edge_fused_request_resumes_at_the_edge_where_it_was(runner: Runner, hub: FakeHub) -> None:
+    one = Generation("a", params("a", **EDGE), True, True)
+    for _ in range(3):
+        runner.step([one], [])
+    known = list(one.tokens)
+    runner.step([], [one])
+    runner.step([one], [])
+    runner.step([], [one])
+    hear_out(hub, runner.processor)
+    assert [(begin.tokens, begin.sampling) for begin in hub.messages(Begin)] == [([], Sampling()), (known, Sampling())]
+    assert accounts(hub)[0] == {"a": 4}
+
+
 @pytest.mark.parametrize("value", GARBAGE, ids=repr)
 def test_garbage_is_declined(processor: CoSteerLogitsProcessor, hub: FakeHub, value: Any) -> None:
     own = SamplingParams(extra_args={"costeer": value})
@@ -342,7 +425,7 @@ def test_a_failure_in_a_hook_stops_steering_and_nothing_else(
     processor.apply_staged_writes()
     assert processor.apply(logits, runner.context([one])) is logits
     assert "apply failed" in log.text
-    runner.sample([one])
+    runner.sample([one], logits)
     one.steered = False  # from here on
     runner.step([one], [])
     new = Generation("b", params("b"), True)

@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from costeer_vllm.delta import encode_sparse
-from costeer_vllm.protocol.messages import Begin, Delta, End, HubToEngine, Join, Message, Query
+from costeer_vllm.protocol.messages import Begin, Choice, Delta, End, HubToEngine, Join, Message, Query
 from costeer_vllm.request import SteeringRequest, to_extra_args
 
-from .fake_hub import TIMEOUT_S, ExactEdges, FakeHub, delta_of
+from .fake_hub import TIMEOUT_S, ExactEdges, FakeHub, choice_of, delta_of
 
 VOCAB = 16
-NAMES = ["silent", "dense", "broken", "sparse"]  # a missing delta before each one that is there
+NAMES = ["silent", "dense", "broken", "chosen", "unoffered", "sparse"]  # a missing answer before each one that is there
+AT_THE_EDGE = ("chosen", "unoffered")
+CANDIDATES = 4
 STEPS = 4
 NUM_ROWS = len(NAMES) + 1  # one request is not steered
 
@@ -42,12 +44,15 @@ def work(rank: int, store: str, endpoint: str, results: str) -> None:
     processor = CoSteerLogitsProcessor(config, torch.device("cpu"), False)
     batch: list[tuple[SamplingParams, list[int]]] = [(SamplingParams(), [])]
     for name in NAMES:
-        request = SteeringRequest(name, "laptop", Query(prompt="Hello?"), 1.5, 100.0 if name == "silent" else 60_000.0)
+        fusion: Any = {"fusion": "edge", "candidates": CANDIDATES} if name in AT_THE_EDGE else {}
+        deadline_ms = 100.0 if name == "silent" else 60_000.0
+        request = SteeringRequest(name, "laptop", Query(prompt="Hello?"), 1.5, deadline_ms, **fusion)
         batch.append((SamplingParams(extra_args={"costeer": to_extra_args(request)}), []))
     processor.update_state(BatchUpdate(len(batch), [], [(row, own, [1], ids) for row, (own, ids) in enumerate(batch)], []))
     steps = []
     for step in range(STEPS):
         logits = torch.zeros(len(batch), VOCAB)
+        logits[[row for row, name in enumerate(NAMES, 1) if name in AT_THE_EDGE], step : step + CANDIDATES] = 1.0
         processor.apply(logits)
         steps.append(logits.numpy())
         for _, ids in batch:
@@ -62,7 +67,9 @@ def work(rank: int, store: str, endpoint: str, results: str) -> None:
 def answer(exact: ExactEdges, message: Message) -> Iterable[HubToEngine]:
     for reply in exact(message):
         name = getattr(reply, "stream", "").partition(".")[0]
-        if not isinstance(reply, Delta) or name == "dense":
+        if isinstance(reply, Choice) and name == "unoffered":
+            yield Choice(reply.stream, reply.position, reply.prefix_hash, VOCAB - 1)
+        elif not isinstance(reply, Delta) or name == "dense":
             yield reply
         elif name == "sparse":
             rows = np.log(np.random.default_rng(reply.position).dirichlet(np.ones(VOCAB), 2)).astype(np.float32)
@@ -95,12 +102,23 @@ def test_two_ranks_add_the_same_bits(tmp_path: Path) -> None:
     assert len(hub.messages(Join)) == 1  # only rank 0 talks to the hub
     assert len(hub.messages(Begin)) == len(NAMES)
     assert exact.problems == []
-    plain, silent, dense, broken, sparse = first.transpose(1, 0, 2)
+    plain, silent, dense, broken, chosen, unoffered, sparse = first.transpose(1, 0, 2)
     assert not plain.any()
     assert not silent.any()
     assert not broken.any()
     for step in range(STEPS):
         np.testing.assert_allclose(dense[step], 1.5 * delta_of(range(step), VOCAB), rtol=1e-6)
+        likeliest = range(step, step + CANDIDATES)
+        assert np.flatnonzero(np.isfinite(chosen[step])).tolist() == [choice_of(range(step), likeliest)]
+        assert np.flatnonzero(unoffered[step]).tolist() == list(likeliest)  # untouched
     assert (np.count_nonzero(sparse, axis=1) >= 4).all()
     counts = {end.stream.partition(".")[0]: (end.tokens_steered, end.tokens_missed) for end in hub.messages(End)}
-    assert counts == {"dense": (4, 0), "sparse": (4, 0), "silent": (0, 4), "broken": (0, 4)}
+    heard, missed = (4, 0), (0, 4)
+    assert counts == {
+        "dense": heard,
+        "sparse": heard,
+        "chosen": heard,
+        "silent": missed,
+        "broken": missed,
+        "unoffered": missed,
+    }

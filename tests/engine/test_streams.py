@@ -11,10 +11,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from costeer_vllm.candidates import BasePolicy, encode_candidates
 from costeer_vllm.delta import DenseDelta, SparseDelta, encode_lossless, encode_sparse
 from costeer_vllm.engine.link import _MAX_QUEUED_FRAMES, HubLink
 from costeer_vllm.engine.streams import SteeredStream, StreamTable
-from costeer_vllm.protocol.messages import Advance, Begin, Delta, End, Join, Joined, Query, Refused, Turn
+from costeer_vllm.protocol.messages import (
+    Advance,
+    Begin,
+    Candidates,
+    Choice,
+    Delta,
+    End,
+    Join,
+    Joined,
+    Query,
+    Refused,
+    Sampling,
+    Turn,
+)
 from costeer_vllm.protocol.stream import extend_hash
 from costeer_vllm.request import SteeringRequest
 
@@ -46,8 +60,10 @@ class Engine:
     hub: FakeHub
     table: StreamTable
 
-    def begin(self, tokens: list[int] | None = None, deadline_ms: float = LONG_MS) -> SteeredStream:
-        stream = self.table.begin(request(deadline_ms), tokens or [], frozenset({STOP}))
+    def begin(
+        self, tokens: list[int] | None = None, deadline_ms: float = LONG_MS, sampling: Sampling | None = None
+    ) -> SteeredStream:
+        stream = self.table.begin(request(deadline_ms), tokens or [], frozenset({STOP}), sampling)
         assert self.hub.next(Begin).stream == stream.id
         return stream
 
@@ -59,7 +75,7 @@ class Engine:
         self.hub.send(*(delta_for(stream) for stream in streams))
         self.table.collect(streams)
 
-    def hear(self, *messages: Delta | End | Refused | Joined | bytes) -> None:
+    def hear(self, *messages: Delta | Choice | End | Refused | Joined | bytes) -> None:
         """Let the table hear these before anything else: they come in order, so a last one that is awaited ends the wait."""
         marker = self.begin()
         self.hub.send(*messages, delta_for(marker))
@@ -322,6 +338,188 @@ def test_one_silent_stream_does_not_shorten_the_wait_of_another(engine: Engine) 
     assert (silent.undecided, other.undecided) == (False, True)
 
 
+# Edge fusion
+
+GREEDY = Sampling(temperature=0.0)
+OFFER = encode_candidates(BasePolicy(np.array([1, 4, 6]), np.log([0.5, 0.3, 0.1]), 0.1))
+
+
+def offered(engine: Engine, stream: SteeredStream, payload: bytes = OFFER) -> None:
+    engine.table.offer(stream, payload)
+    assert engine.hub.next(Candidates) == Candidates(stream.id, stream.position, stream.protocol.prefix_hash, payload)
+
+
+def choice_for(stream: SteeredStream, token: int = 4) -> Choice:
+    return Choice(stream.id, stream.position, stream.protocol.prefix_hash, token)
+
+
+def choose(engine: Engine, stream: SteeredStream, token: int) -> None:
+    engine.hub.send(choice_for(stream, token))
+    engine.table.collect([stream])
+
+
+def test_an_edge_fused_stream_tells_how_to_draw(engine: Engine) -> None:
+    sampling = Sampling(0.7, 0.9, 20, 0.1, 5, 0.8, 12.0)
+    stream = engine.table.begin(request(), [5, 6], frozenset(), sampling)
+    assert engine.hub.next(Begin) == Begin(stream.id, "chatcmpl-1", "laptop", QUERY, 1.5, [5, 6], GRANT, sampling)
+
+
+def test_chosen_tokens_are_taken_one_by_one_and_counted(engine: Engine) -> None:
+    stream = engine.begin(sampling=GREEDY)
+    for token in (4, 1, 6):
+        offered(engine, stream)
+        choose(engine, stream, token)
+        assert (stream.answer, stream.payload, stream.undecided) == (token, bytes([token, 0, 0, 0]), True)
+        engine.advance(stream, token)
+        assert stream.answer is stream.payload is stream.offer is None  # of the former prefix
+    assert engine.end(stream, 0) == (3, 0)
+
+
+def test_candidates_are_offered_once_per_position(engine: Engine) -> None:
+    stream = engine.begin(sampling=GREEDY)
+    offered(engine, stream)
+    for _ in range(3):
+        engine.table.offer(stream, OFFER)
+    choose(engine, stream, 4)
+    engine.table.offer(stream, OFFER)
+    engine.advance(stream, 4)  # the next message that the hub gets
+    offered(engine, stream)
+    assert len(engine.hub.messages(Candidates)) == 2
+
+
+@pytest.mark.parametrize("token", [0, 5, 7, VOCAB, 2**31 - 1])
+def test_a_token_that_was_not_among_the_candidates_is_unusable(engine: Engine, log: pytest.LogCaptureFixture, token: int) -> None:
+    stream = engine.begin(sampling=GREEDY)
+    for _ in range(2):
+        offered(engine, stream)
+        engine.hear(choice_for(stream, token))
+        engine.table.collect([stream])  # returns at once: no other answer will come
+        assert stream.answer is None
+        engine.advance(stream, 4)
+    assert stream.invalid == 2
+    assert engine.end(stream, 0) == (0, 2)
+    assert "a token was chosen that was not among the candidates" in log.text
+    assert "2 missed, 2 unusable answers" in log.text
+
+
+def test_a_choice_before_anything_was_offered_is_unusable(engine: Engine) -> None:
+    stream = engine.begin(sampling=GREEDY)
+    engine.hear(choice_for(stream))
+    assert (stream.answer, stream.invalid) == (None, 1)
+    offered(engine, stream)
+    engine.hear(choice_for(stream))
+    assert stream.answer == 4
+
+
+def test_an_answer_of_the_other_fusion_is_unusable(engine: Engine) -> None:
+    edge, cloud = engine.begin(sampling=GREEDY), engine.begin()
+    offered(engine, edge)
+    engine.hear(delta_for(edge), choice_for(cloud))
+    for stream in (edge, cloud):
+        assert stream.answer is stream.payload is None
+        assert stream.invalid == 1
+    engine.table.collect([edge, cloud])  # returns at once
+    assert engine.end(edge) == engine.end(cloud) == (0, 1)
+
+
+@pytest.mark.parametrize(("position", "tokens"), [(0, []), (2, [3, 5]), (3, [3, 4, 0]), (2, [])])
+def test_a_choice_of_any_other_prefix_is_dropped(engine: Engine, position: int, tokens: list[int]) -> None:
+    stream = engine.begin([3], sampling=GREEDY)
+    engine.advance(stream, 4)
+    offered(engine, stream)
+    wrong = Choice(stream.id, position, extend_hash(0, tokens), 4)
+    engine.hear(wrong)
+    assert (stream.answer, stream.invalid) == (None, 0)
+    engine.hear(choice_for(stream, 6), wrong, choice_for(stream, 1))
+    assert stream.answer == 6
+
+
+def test_a_late_choice_ends_the_silence(engine: Engine) -> None:
+    """Nobody waits for a silent stream: were only choices in time heard, it would be silent for ever."""
+    stream = engine.begin(deadline_ms=5, sampling=GREEDY)
+    offered(engine, stream)
+    late = choice_for(stream)
+    engine.table.collect([stream])
+    engine.advance(stream, 1)
+    offered(engine, stream)
+    assert stream.wait_s(stream.asked_at) == 0
+    engine.hear(late)
+    assert stream.answer is None
+    assert stream.wait_s(stream.asked_at) == pytest.approx(0.005)
+    engine.hear(choice_for(stream))
+    engine.table.collect([stream])
+    engine.advance(stream, 4)
+    assert engine.end(stream, 0) == (1, 1)
+
+
+@pytest.mark.parametrize(("sampling", "of_edge"), [(GREEDY, False), (None, False), (None, True)])
+def test_no_other_late_answer_ends_it(engine: Engine, sampling: Sampling | None, of_edge: bool) -> None:
+    stream = engine.begin(deadline_ms=5, sampling=sampling)
+    late = choice_for(stream) if of_edge else delta_for(stream)
+    engine.table.collect([stream])
+    engine.advance(stream, 1)
+    if sampling is not None:
+        offered(engine, stream)
+    engine.hear(late)
+    assert stream.wait_s(stream.asked_at) == 0
+
+
+def test_the_wait_for_a_choice_counts_from_the_offer(engine: Engine) -> None:
+    stream = engine.begin(deadline_ms=500, sampling=GREEDY)
+    begun_at = stream.asked_at
+    offered(engine, stream)
+    assert stream.asked_at > begun_at
+    assert stream.wait_s(stream.asked_at) == pytest.approx(0.5)
+    engine.hear(choice_for(stream))
+    assert stream.wait_s(stream.asked_at) == 0
+
+
+def test_a_stream_that_was_offered_nothing_is_not_waited_for(engine: Engine) -> None:
+    stream = engine.begin(sampling=GREEDY)  # waiting would fail the test
+    engine.table.collect([stream])
+    assert engine.end(stream) == (0, 1)
+
+
+def test_a_stream_that_the_edge_ended_is_offered_nothing(engine: Engine) -> None:
+    stream = engine.begin(sampling=GREEDY)
+    engine.hear(End(stream.id, "refused", "no consent"))
+    engine.table.offer(stream, OFFER)
+    engine.table.collect([stream])
+    assert engine.end(stream) == (0, 1)  # and the next message is the End
+    assert engine.hub.messages(Candidates) == []
+
+
+def test_a_hub_that_restarted_is_told_of_the_candidates_too(engine: Engine) -> None:
+    waiting, resting = engine.begin(sampling=GREEDY), engine.begin(sampling=GREEDY)
+    offered(engine, waiting)
+    choose(engine, waiting, 6)
+    engine.advance(waiting, 6)
+    offered(engine, waiting)
+    asked_at = waiting.asked_at
+    engine.hub.send(*[Refused("join", "who are you?")] * 3, choice_for(waiting, 1))
+    engine.table.collect([waiting])
+    assert engine.hub.next(Join)
+    again = engine.hub.next(Begin)
+    assert (again.stream, again.tokens, again.sampling) == (waiting.id, [6], GREEDY)
+    assert engine.hub.next(Candidates) == waiting.offer
+    assert engine.hub.next(Begin).stream == resting.id
+    assert waiting.asked_at == asked_at  # its token has waited since then
+    assert waiting.answer == 1
+    assert engine.end(waiting) == (2, 0)  # and the next message is the End: nothing was offered for ``resting``
+
+
+def test_with_a_full_queue_an_offer_is_not_waited_for() -> None:
+    link = HubLink(unused_endpoint(), None)
+    table = StreamTable(link, VOCAB)
+    stream = table.begin(request(), [], frozenset(), GREEDY)
+    while not link.num_dropped:
+        link.send(End("x", "finished"))
+    table.offer(stream, OFFER)
+    table.collect([stream])
+    assert stream.undecided is False
+    link.close()
+
+
 # The hub
 
 
@@ -405,6 +603,32 @@ def test_a_mute_table_decides_as_it_is_told() -> None:
     assert isinstance(stream.answer, SparseDelta)
     table.end(stream, "finished", 1)
     assert len(table) == 0
+
+
+def test_a_mute_table_takes_over_chosen_tokens() -> None:
+    table = StreamTable(None, VOCAB)
+    stream = table.begin(request(), [1], frozenset(), GREEDY)
+    table.offer(stream, OFFER)
+    assert stream.offer is None
+    table.collect([stream])
+    for token in (0, 6, 2**31 - 1):
+        table.adopt(stream, token.to_bytes(4, "little"))
+        assert stream.answer == token
+        table.advance(stream, [2])
+        assert stream.answer is stream.payload is None
+    table.adopt(stream, None)
+    assert stream.answer is None
+
+
+def test_giving_up_uses_no_choice_from_there_on(engine: Engine) -> None:
+    stream = engine.begin(sampling=GREEDY)
+    offered(engine, stream)
+    choose(engine, stream, 4)
+    engine.table.give_up()
+    assert stream.answer is None
+    engine.hear(choice_for(stream))
+    engine.table.collect([stream])
+    assert engine.end(stream) == (0, 1)
 
 
 def test_giving_up_uses_no_delta_from_there_on(engine: Engine) -> None:

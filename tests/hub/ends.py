@@ -23,12 +23,15 @@ from costeer_vllm.protocol.messages import (
     Attach,
     Attached,
     Begin,
+    Candidates,
+    Choice,
     Delta,
     End,
     Join,
     Joined,
     Message,
     Query,
+    Sampling,
     Vocabulary,
     decode_hub_to_edge,
     decode_hub_to_engine,
@@ -64,6 +67,18 @@ def advance(stream: str = "s", position: int = 1) -> Advance:
 
 def delta(stream: str = "s", position: int = 0, payload: bytes = b"payload") -> Delta:
     return Delta(stream, position, position * 7, payload)
+
+
+def edge_begin(stream: str = "s", worker: str = "alice", **fields: Any) -> Begin:
+    return begin(stream, worker, sampling=Sampling(temperature=0.0), **fields)
+
+
+def candidates(stream: str = "s", position: int = 0, payload: bytes = b"likeliest") -> Candidates:
+    return Candidates(stream, position, position * 7, payload)
+
+
+def choice(stream: str = "s", position: int = 0, token: int = 5) -> Choice:
+    return Choice(stream, position, position * 7, token)
 
 
 def eventually(look: Callable[[], T], what: str = "this") -> T:

@@ -9,7 +9,23 @@ from collections.abc import Iterator
 
 import msgspec
 import pytest
-from ends import DEADLINE_S, Edge, Engine, RunningHub, admit, advance, attach, begin, delta, edge, engine, eventually
+from ends import (
+    DEADLINE_S,
+    Edge,
+    Engine,
+    RunningHub,
+    admit,
+    advance,
+    attach,
+    begin,
+    candidates,
+    choice,
+    delta,
+    edge,
+    edge_begin,
+    engine,
+    eventually,
+)
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from websockets.asyncio.client import connect
@@ -43,6 +59,14 @@ MESSAGES = [
     attach("fuzz", version=2),
     delta("honest-stream", 3),
     delta("fuzz-stream", 0, b"x" * 1000),
+    attach("fuzz", instance="fuzz", fusions=("edge",)),
+    choice("honest-stream", 3),
+    choice("fuzz-stream"),
+    admit(5, worker="honest", fusion="edge"),
+    edge_begin("honest-stream", "honest"),
+    edge_begin("fuzz-stream", "honest"),
+    candidates("honest-stream", 3),
+    candidates("fuzz-stream", 0, b"x" * 1000),
     End("honest-stream", "failed", "because"),
     Join(1),
     Join(99),
@@ -56,6 +80,7 @@ MESSAGES = [
     End("fuzz-stream", "finished", "", 10, 10),
 ]
 FRAMES = [encode(message) for message in MESSAGES]
+TAGS = [*sorted({type(message).__name__ for message in MESSAGES}), "Joined", "Object", ""]
 HUGE = [head + b"\xff\xff\xff\xff" for head in (b"\xdd", b"\xdf", b"\xdb", b"\xc6", b"\xc9")]  # array, map, str, bin, ext
 NUMBERS = [True, -1, 2**63, 2**64 - 1, 1e308, float("nan")]
 VALUES = [None, *NUMBERS, "", "\n", "x" * 10_000, b"\x00", [], [[]], {}, {"type": "Attach"}]
@@ -90,7 +115,7 @@ def swapped_type(rng: random.Random, frame: bytes) -> bytes:
 
 def other_tag(rng: random.Random, frame: bytes) -> bytes:
     fields = msgspec.msgpack.decode(frame)
-    fields["type"] = rng.choice(["Attach", "Delta", "End", "Join", "Admit", "Begin", "Advance", "Joined", "Object", ""])
+    fields["type"] = rng.choice(TAGS)
     return msgspec.msgpack.encode(fields)
 
 

@@ -3,8 +3,9 @@
 import logging
 from collections import defaultdict
 
+import msgspec
 import pytest
-from ends import OTHER_VOCABULARY, VOCABULARY, admit, advance, attach, begin, delta
+from ends import OTHER_VOCABULARY, VOCABULARY, admit, advance, attach, begin, candidates, choice, delta, edge_begin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import generate_latest
@@ -124,7 +125,7 @@ class Ends:
 def ends():
     """One worker, one engine."""
     ends = Ends()
-    ends.edge(ALICE, attach("alice"))
+    ends.edge(ALICE, attach("alice", fusions=("cloud", "edge")))
     ends.engine(ENGINE, Join(1))
     ends.forget()
     yield ends
@@ -192,7 +193,7 @@ class TestAttach:
         assert isinstance(ends.last(CAROL), Attached)
 
     def test_the_order_of_messages(self, ends):
-        for message in (delta(), End("s", "finished")):
+        for message in (delta(), choice(), End("s", "finished")):
             with pytest.raises(RemoteProtocolError, match="before Attach"):
                 ends.edge(BOB, message)
         with pytest.raises(RemoteProtocolError, match="second Attach"):
@@ -206,11 +207,14 @@ class TestAttach:
             b"private text",
             encode(Join(1)),
             encode(begin()),
+            encode(candidates()),
+            encode(attach("a", fusions=("everywhere",))),
+            encode(attach("a", fusions=())),
             encode(delta("s")).replace(b"\xa1s", b"\xa1\xff"),
             encode(attach("a")).replace(b"\xa1a", b"\xa1\n"),
             b"\x82\xa4type\xa5Delta\xa1x" + b"\x91" * 100_000,
         ],
-        ids=range(8),
+        ids=range(11),
     )
     def test_a_frame_that_is_no_message(self, ends, frame, caplog):
         with pytest.raises(RemoteProtocolError) as error:
@@ -245,7 +249,7 @@ class TestJoin:
         ends.engine(OTHER, Join(1))
         assert ends.last(OTHER).code == "full"
 
-    @pytest.mark.parametrize("message", [begin(), advance(), End("s", "finished")])
+    @pytest.mark.parametrize("message", [begin(), advance(), candidates(), End("s", "finished")])
     def test_nothing_is_heard_before(self, ends, message):
         ends.engine(OTHER, message)
         assert ends.take(OTHER) == [Refused("join", "the hub does not know this engine: send Join first")]
@@ -337,6 +341,49 @@ class TestAdmit:
     def test_an_unknown_version(self):
         assert self.ask("a", version=2).code == "version"
 
+    @pytest.mark.parametrize(
+        ("fusions", "fusion", "consents"),
+        [
+            (("cloud",), "edge", "cloud"),
+            (("edge",), "cloud", "edge"),
+            (("cloud", "edge"), "cloud", None),
+            (("cloud", "edge"), "edge", None),
+            (("edge", "cloud"), "cloud", None),
+            (("edge",), "edge", None),
+            (("cloud",), "cloud", None),
+        ],
+    )
+    def test_a_fusion_needs_the_workers_consent(self, fusions, fusion, consents):
+        answer = self.ask(attach("a", fusions=fusions), fusion=fusion)
+        if consents is None:
+            assert answer == Admitted(9, "a", False)
+        else:
+            assert answer == Refused("fusion", f"fusion is '{fusion}': worker 'a' consents to {consents} fusion only", 9)
+
+    def test_a_worker_that_is_too_old_to_say_so_consents_to_cloud_fusion_only(self):
+        """It would answer with deltas where none may leave the device."""
+        fields = msgspec.msgpack.decode(encode(attach("a")))
+        del fields["fusions"]
+        ends = Ends()
+        ends.edge_frame(ALICE, msgspec.msgpack.encode(fields))
+        for fusion, expected in (("edge", "fusion"), ("cloud", None)):
+            ends.engine(OTHER, admit(9, fusion=fusion))
+            assert getattr(ends.last(OTHER), "code", None) == expected
+        assert ends.router.totals.admissions == {"fusion": 1, "admitted": 1}
+
+    def test_a_front_end_that_is_too_old_to_say_so_asks_for_cloud_fusion(self):
+        fields = msgspec.msgpack.decode(encode(admit(9)))
+        del fields["fusion"]
+        ends = Ends()
+        ends.edge(ALICE, attach("a", fusions=("edge",)))
+        ends.deliver(ends.router.from_engine(OTHER, msgspec.msgpack.encode(fields), 0))
+        assert ends.last(OTHER).code == "fusion"
+
+    def test_the_key_is_asked_for_before_the_consent(self):
+        """Who may not use a worker learns nothing of its settings."""
+        worker = attach("a", key_digest=keys.key_digest("right"), fusions=("edge",))
+        assert self.ask(worker).code == "steering_key"
+
 
 class TestStream:
     def test_every_frame_is_forwarded_as_it_came(self, ends):
@@ -361,6 +408,74 @@ class TestStream:
         assert (row["state"], row["reason"], row["worker"]) == ("finished", "finished", "alice")
         assert (row["tokens_steered"], row["tokens_missed"], row["positions"], row["answers"]) == (5, 2, 2, 1)
         assert (ends.router.totals.tokens_steered, ends.router.totals.tokens_missed) == (5, 2)
+
+    def test_an_edge_fused_stream_is_forwarded_as_it_came(self, ends):
+        down, up = [ends.engine(ENGINE, edge_begin())], []
+        for position in range(3):
+            down.append(ends.engine(ENGINE, candidates("s", position, bytes([position]) * 50)))
+            up.append(ends.edge(ALICE, choice("s", position)))
+            down.append(ends.engine(ENGINE, advance("s", position + 1)))
+        down.append(ends.engine(ENGINE, End("s", "finished", tokens_steered=3)))
+        assert ends.frames[ALICE] == down
+        assert ends.frames[ENGINE] == up
+        (row,) = ends.router.streams_of("r")
+        assert (row["positions"], row["answers"], row["tokens_steered"]) == (4, 3, 3)
+        assert row["bytes_up"] == sum(map(len, up))
+        assert row["bytes_down"] == sum(map(len, down[:-1]))  # all but the End
+        traffic = {key: (value.frames, value.num_bytes) for key, value in ends.router.totals.traffic.items()}
+        for way in ("from_edge", "to_engine"):
+            assert traffic[way, "Choice"] == (3, sum(map(len, up)))
+        for way in ("from_engine", "to_edge"):
+            assert traffic[way, "Candidates"] == (3, sum(map(len, down[1:-1:2])))
+
+    def test_candidates_keep_a_stream_alive(self, ends):
+        for name in ("silent", "talking"):
+            ends.engine(ENGINE, edge_begin(name))
+        ends.now = 500
+        ends.engine(ENGINE, candidates("talking"))
+        ends.deliver(ends.router.sweep(601))
+        assert list(ends.router.streams) == ["talking"]
+
+    def test_candidates_of_no_stream_of_another_engine_and_of_an_orphan(self, ends):
+        ends.engine(ENGINE, candidates("what"))
+        assert ends.take(ENGINE) == [End("what", "unknown_stream", "the hub has no stream of this name")]
+        ends.engine(OTHER, Join(1))
+        ends.engine(ENGINE, edge_begin())
+        ends.forget()
+        ends.engine(OTHER, candidates())
+        assert ends.quiet()
+        assert ends.router.totals.dropped["foreign_stream"] == 1
+        ends.edge(ALICE, End("s", "failed"))
+        ends.forget()
+        ends.engine(ENGINE, candidates())
+        ends.edge(ALICE, choice())
+        assert ends.quiet()
+        assert ends.router.totals.dropped["late"] == 2
+
+    @pytest.mark.parametrize(("fusions", "fusion", "consents"), [(("cloud",), "edge", "cloud"), (("edge",), "cloud", "edge")])
+    def test_a_begin_without_consent_reaches_no_worker(self, ends, fusions, fusion, consents):
+        """Admission was asked of another worker of this name, or not at all."""
+        ends.edge(BOB, attach("bob", fusions=fusions))
+        ends.forget()
+        ends.engine(ENGINE, (edge_begin if fusion == "edge" else begin)(worker="bob"))
+        sentence = f"fusion is '{fusion}': worker 'bob' consents to {consents} fusion only"
+        assert ends.take(ENGINE) == [End("s", "refused", sentence)]
+        for message in (candidates(), advance()):
+            ends.engine(ENGINE, message)
+        assert ends.quiet()
+        assert ends.router.attachments[BOB].streams == set()
+        ends.engine(ENGINE, End("s", "finished", tokens_missed=2))
+        (row,) = ends.router.streams_of("s")
+        assert (row["reason"], row["tokens_missed"], row["bytes_down"]) == ("refused", 2, 0)
+
+    def test_a_stream_that_begins_again_in_another_fusion_needs_consent_again(self, ends):
+        ends.edge(BOB, attach("bob", fusions=("edge",)))
+        ends.engine(ENGINE, edge_begin(worker="bob"))
+        ends.forget()
+        ends.engine(ENGINE, begin(worker="bob"))
+        assert ends.take(ENGINE)[0].reason == "refused"
+        ends.edge_lost(BOB)
+        ends.believed[BOB].clear()
 
     def test_two_engines_do_not_disturb_each_other(self, ends):
         ends.engine(OTHER, Join(1))
@@ -460,7 +575,7 @@ class TestStream:
         ends.edge(BOB, attach("bob"))
         ends.engine(ENGINE, begin())
         ends.forget()
-        for message in (delta(), End("s", "failed")):
+        for message in (delta(), choice(), End("s", "failed")):
             with pytest.raises(RemoteProtocolError, match="another edge worker"):
                 ends.edge(BOB, message)
         assert ends.quiet()
@@ -578,15 +693,25 @@ IDENTITIES = st.sampled_from([ENGINE, OTHER])
 STREAMS = st.sampled_from(["s1", "s2", "s3"])
 WORKERS = st.sampled_from(["alice", "bob", "nobody"])
 EDGE_MESSAGES = st.one_of(
-    st.builds(attach, WORKERS, st.sampled_from("12"), version=st.sampled_from([1, 1, 1, 2]), max_streams=st.integers(1, 2)),
+    st.builds(
+        attach,
+        WORKERS,
+        st.sampled_from("12"),
+        version=st.sampled_from([1, 1, 1, 2]),
+        max_streams=st.integers(1, 2),
+        fusions=st.sampled_from([("cloud",), ("edge",), ("cloud", "edge")]),
+    ),
     st.builds(delta, STREAMS),
+    st.builds(choice, STREAMS),
     st.builds(End, STREAMS, st.sampled_from(["failed", "overloaded"])),
 )
 ENGINE_MESSAGES = st.one_of(
     st.builds(Join, st.sampled_from([1, 1, 1, 2])),
     st.builds(admit, worker=st.none() | WORKERS, vocabulary=st.just(VOCABULARY)),
     st.builds(begin, STREAMS, WORKERS),
+    st.builds(edge_begin, STREAMS, WORKERS),
     st.builds(advance, STREAMS),
+    st.builds(candidates, STREAMS),
     st.builds(End, STREAMS, st.just("finished"), tokens_steered=st.integers(0, 3)),
 )
 STEPS = st.one_of(

@@ -1,7 +1,8 @@
 """The choices of one edge-fused stream: each needs a Candidates frame from the engine and a delta from the small model.
 
-The two come in any order. A prefix gets one choice: asked again (a frame was repeated), it is given again, so that nobody learns
-more by asking twice.
+The two come in any order. A question gets one choice: asked again (a frame was repeated), it is given again, so that nobody
+learns more by asking twice. Every other question, be it of the same position, is drawn with a random number of its own: two
+choices made with the same one would tell more together than the sum of what each of them tells.
 """
 
 import hashlib
@@ -10,15 +11,16 @@ import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from costeer_vllm.candidates import BasePolicy, decode_candidates
 from costeer_vllm.delta import finite
-from costeer_vllm.edge.disclosure import Disclosure
+from costeer_vllm.edge.disclosure import Disclosure, Disclosures
 from costeer_vllm.edge.fusion import Drawn, draw
 from costeer_vllm.errors import InvalidCandidates, InvalidParameter
-from costeer_vllm.protocol.messages import Begin, Candidates, Choice, Sampling
+from costeer_vllm.protocol.messages import Begin, Candidates, Choice, Sampling, encode
 from costeer_vllm.steering import check_finite, check_strength
 
 _Prefix: TypeAlias = tuple[int, int]  # position and prefix hash
@@ -33,7 +35,7 @@ class Chooser:
     sampling: Sampling
     disclosure: Disclosure
     seed: bytes  # of the stream's random numbers: secret
-    base: tuple[_Prefix, BasePolicy] | None = None  # the newest candidates
+    base: tuple[_Prefix, BasePolicy, bytes] | None = None  # the newest candidates, and the digest of the question
     delta: tuple[_Prefix, npt.NDArray[np.float32]] | None = None  # the newest, [vocab]
     choice: Choice | None = None  # the newest
     drawn: Drawn | None = None  # the same, until somebody has looked
@@ -48,7 +50,7 @@ class Chooser:
         prefix = candidates.position, candidates.prefix_hash
         if self.choice is not None and prefix == (self.choice.position, self.choice.prefix_hash):
             return self.choice
-        self.base = prefix, decode_candidates(candidates.payload)
+        self.base = prefix, decode_candidates(candidates.payload), self._question(candidates)
         return self._choose()
 
     def weighed(self, position: int, prefix_hash: int, delta: npt.NDArray[np.float32]) -> Choice | None:
@@ -68,29 +70,35 @@ class Chooser:
     def _choose(self) -> Choice | None:
         if self.base is None or self.delta is None or self.base[0] != self.delta[0]:
             return None
-        (position, prefix_hash), base = self.base
+        (position, prefix_hash), base, question = self.base
         delta = self.delta[1]
         self.base = self.delta = None
-        base = _known(base, len(delta))
+        token = self.disclosure.choices.get(question)
+        if token is None:
+            token = self.disclosure.choices[question] = self._draw(_known(base, len(delta)), delta, _uniform(question))
+        self.choice = Choice(self.stream, position, prefix_hash, token)
+        return self.choice
+
+    def _draw(self, base: BasePolicy, delta: npt.NDArray[np.float32], uniform: float) -> int:
         wanted = 0.0 if self.disclosure.is_spent or _is_sure(base, self.sampling) else self.strength
-        drawn = draw(base, finite(delta[base.ids]), wanted, self.sampling, self._uniform(position), self.disclosure.bits_left)
+        drawn = draw(base, finite(delta[base.ids]), wanted, self.sampling, uniform, self.disclosure.bits_left)
         self.disclosure.add(drawn, wanted)
         self.drawn = drawn
         self.bits += drawn.bits
-        self.choice = Choice(self.stream, position, prefix_hash, drawn.token)
-        return self.choice
+        return drawn.token
 
-    def _uniform(self, position: int) -> float:
-        """A random number in [0, 1) that is the position's own, however often it is asked for."""
-        digest = hmac.digest(self.seed, position.to_bytes(8, "little"), hashlib.sha256)
-        return int.from_bytes(digest[:8], "little") / 2**64 * (1 - 2**-53)
+    def _question(self, candidates: Candidates) -> bytes:
+        """A digest of all that the server decides on about this token."""
+        asked = candidates.position, candidates.prefix_hash, candidates.payload
+        return hmac.digest(self.seed, encode(asked), hashlib.sha256)
 
 
-def chooser(begin: Begin, disclosure: Disclosure, secret: bytes) -> Chooser:
-    """The chooser of a stream that begins; ``secret`` is the device's.
+def chooser(begin: Begin, disclosures: Disclosures, secret: bytes) -> Chooser:
+    """The chooser of a stream that begins; ``disclosures`` and ``secret`` are the device's.
 
     Without a seed the random numbers are the stream's own. A seed that a client gives has passed through the server: it is mixed
-    with the secret, so that the same seed gives the same answer on this device and yet tells the server nothing of the numbers.
+    with the secret, so that the same seed gives the same answer to the same question, candidates and all, on this device and yet
+    tells the server nothing of the numbers.
 
     Raises:
         InvalidParameter: if a sampling parameter is not in its range.
@@ -104,8 +112,16 @@ def chooser(begin: Begin, disclosure: Disclosure, secret: bytes) -> Chooser:
     _check("confidence", sampling.confidence, 0, 1)
     if sampling.max_bits is not None:
         _check("max_bits", sampling.max_bits, 0, math.inf)
+    disclosure = disclosures.of(begin.request, begin.query.ref, sampling.max_bits)  # a budget that is no number must not reach it
     origin = f"stream {begin.stream}" if sampling.seed is None else f"seed {sampling.seed}"
-    return Chooser(begin.stream, begin.strength, sampling, disclosure, hmac.digest(secret, origin.encode(), hashlib.sha256))
+    query = msgspec.structs.replace(begin.query, ref=disclosures.scope(begin.query.ref))
+    asked = origin, query, begin.strength, msgspec.structs.replace(sampling, max_bits=None)
+    return Chooser(begin.stream, begin.strength, sampling, disclosure, hmac.digest(secret, encode(asked), hashlib.sha256))
+
+
+def _uniform(digest: bytes) -> float:
+    """A random number in [0, 1)."""
+    return int.from_bytes(digest[:8], "little") / 2**64 * (1 - 2**-53)
 
 
 def _check(field: str, value: float, least: float, most: float) -> None:

@@ -7,6 +7,7 @@ its end, also when the app hangs up: then the server is hung up on as well, and 
 import asyncio
 import contextlib
 import functools
+import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -151,7 +152,8 @@ class Completions:
                 "costeer: fusion is 'cloud'; it must be 'edge' or left out: only tokens may leave this device (--tokens-only)"
             )
             raise GatewayError(400, "bad_parameter", sentence, "costeer.fusion")
-        promise = Promise(options.fusion, options.max_bits)
+        scope = None if ask.context is None else hashlib.sha256(ask.context.encode(errors="replace")).hexdigest()
+        promise = Promise(options.fusion, options.max_bits, scope)
         with contextlib.ExitStack() as stack:
             stack.enter_context(device.places(ask.num_streams - 1))
             ref = stack.enter_context(_ref(contexts, ask.context))

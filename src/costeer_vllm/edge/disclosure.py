@@ -9,12 +9,12 @@ import contextlib
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from costeer_vllm.edge.fusion import Drawn
 from costeer_vllm.protocol.messages import Fusion
 
-MAX_REMEMBERED = 4096  # requests
+MAX_REMEMBERED = 256  # requests
 
 
 @dataclass(slots=True)
@@ -24,6 +24,7 @@ class Disclosure:
     max_bits: float | None = None
     bits: float = 0.0
     is_spent: bool = False  # the rest is drawn without the context
+    choices: dict[bytes, int] = field(default_factory=dict)  # token by digest of the question: asked again, it is given again
 
     @property
     def bits_left(self) -> float:
@@ -42,6 +43,7 @@ class Promise:
 
     fusion: Fusion
     max_bits: float | None = None
+    scope: str | None = None  # the same for requests about the same context, whose refs differ; never shown
 
 
 class Disclosures:
@@ -66,6 +68,11 @@ class Disclosures:
         """Whether a stream may be fused like this."""
         promise = self._promises.get(context_ref or "")
         return promise is None or promise.fusion == fusion
+
+    def scope(self, context_ref: str | None) -> str | None:
+        """What requests about the same context have in common."""
+        promise = self._promises.get(context_ref or "")
+        return context_ref if promise is None else promise.scope
 
     def of(self, request: str, context_ref: str | None, max_bits: float | None = None) -> Disclosure:
         """The request's, for a stream that begins; the smallest of all budgets holds."""

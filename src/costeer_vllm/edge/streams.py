@@ -190,7 +190,7 @@ class Streams:
         if len(self._by_name) >= self._limit:
             return End(begin.stream, "overloaded", f"this edge worker serves at most {self._limit} streams at a time")
         try:
-            chooses = None if begin.sampling is None else self._chooser(begin)
+            chooses = None if begin.sampling is None else chooser(begin, self._disclosures, self._secret)
         except InvalidParameter as error:
             return End(begin.stream, "failed", str(error))
         self._last_serial += 1
@@ -224,11 +224,6 @@ class Streams:
         stream.seen = now
         self._asked[stream.serial] = stream
         return None
-
-    def _chooser(self, begin: Begin) -> Chooser:
-        assert begin.sampling is not None
-        disclosure = self._disclosures.of(begin.request, begin.query.ref, begin.sampling.max_bits)
-        return chooser(begin, disclosure, self._secret)
 
     def _offer(self, candidates: Candidates, now: float) -> Choice | End | None:
         stream = self._by_name.get(candidates.stream)

@@ -192,8 +192,9 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
         return logits
 
     def _offer(self, logits: torch.Tensor, rows: Mapping[int, SteeredStream]) -> None:
-        """Show the edge-fused streams their candidates."""
-        asking = {row: stream for row, stream in rows.items() if stream.sampling is not None}
+        """Show the edge-fused streams their candidates, once per position and while there is somebody to look at them."""
+        edge_fused = {row: stream for row, stream in rows.items() if stream.sampling is not None}
+        asking = {row: stream for row, stream in edge_fused.items() if stream.offer is None and stream.closed_by is None}
         if not asking:
             return
         shown = torch.stack([self._penalized(row, logits[row]) for row in asking])

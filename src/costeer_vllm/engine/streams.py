@@ -69,7 +69,8 @@ class SteeredStream:
 
     def wait_s(self, now: float) -> float:
         """How long the current position may still wait for its answer, in seconds; 0 once it has it or has no hope."""
-        if self.answer is not None or self.closed_by is not None or self.silent:
+        is_asked = self.sampling is None or self.offer is not None  # numbers that are none are not shown to an edge worker
+        if self.answer is not None or self.closed_by is not None or self.silent or not is_asked:
             return 0.0
         return max(0.0, self.asked_at + self.request.deadline_ms / 1000 - now)
 
@@ -217,7 +218,7 @@ class StreamTable:
         if stream is None or stream.closed_by is not None:
             return
         is_late = not stream.protocol.wants(message)
-        if is_late and isinstance(message, Delta):
+        if is_late and (stream.sampling is None or isinstance(message, Delta)):
             return
         stream.silent = False  # also by a late choice: where none is waited for, none can be in time
         if is_late:

@@ -21,7 +21,7 @@ PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 4 * 2**20  # a lossless float32 delta over 152,064 entries takes 608,256 bytes
 MAX_QUERY_BYTES = 2**20
 MAX_CANDIDATES = 1024
-MAX_ROUNDING = 1.0  # nats: the step of a candidate's log-probability
+MIN_ROUNDING, MAX_ROUNDING = 1e-3, 1.0  # nats: the step of a candidate's log-probability, of which 16 bits must reach far enough
 MAX_TOKENS = 2**17  # ids in one message: the longest replay
 
 Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._@:-]*\Z")]
