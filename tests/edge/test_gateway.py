@@ -738,6 +738,29 @@ def test_an_app_that_reads_slowly_gets_it_all(tmp_path: Path, is_streamed: bool,
     assert "without completing response" not in caplog.text
 
 
+def test_a_cancellation_is_never_lost_in_a_send() -> None:
+    """Whenever it comes: else an answer would go on without its app."""
+
+    async def send(message: Any) -> None:
+        await asyncio.sleep(0)
+
+    async def answer() -> None:
+        reply = completions.Reply(send, TIMEOUT_S)
+        for _ in range(100):
+            await reply.send(b"x")
+
+    async def main() -> None:
+        for turns in range(20):
+            task = asyncio.create_task(answer())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+            assert task.cancelled()
+
+    run(main())
+
+
 def test_an_app_that_reads_nothing_is_given_up(tmp_path: Path) -> None:
     async def main() -> None:
         async with device(tmp_path, patience=replace(QUICK, client_s=0.3)) as at:

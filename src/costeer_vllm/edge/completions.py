@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import anyio
 import httpx
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -204,8 +205,9 @@ class Completions:
         if costeer is not None:
             await reply.send(costeer_event(first, await costeer()))
         await reply.send(event)
-        with contextlib.suppress(GatewayError, asyncio.TimeoutError):  # there is nothing more that the app could miss
-            await asyncio.wait_for(_pass_on(whole_ones, reply), self._device.patience.end_s)
+        with contextlib.suppress(GatewayError), anyio.move_on_after(self._device.patience.end_s):
+            async for more in whole_ones:  # the app would miss nothing without them
+                await reply.send(more)
         await reply.send(events.end())
         await reply.end()
 
@@ -249,8 +251,9 @@ class Reply:
 
     async def _pass(self, message: dict[str, Any]) -> None:
         try:
-            await asyncio.wait_for(self._send(message), self._patience_s)
-        except asyncio.TimeoutError:
+            with anyio.fail_after(self._patience_s):  # asyncio.wait_for can lose a cancellation before Python 3.12
+                await self._send(message)
+        except TimeoutError:
             raise ClientDisconnect from None
 
 
@@ -274,11 +277,6 @@ async def _whole_events(parts: AsyncIterator[bytes], events: Events) -> AsyncIte
     async for part in parts:
         for event in events.feed(part):
             yield event
-
-
-async def _pass_on(events: AsyncIterator[bytes], reply: Reply) -> None:
-    async for event in events:
-        await reply.send(event)
 
 
 def _without_aliases(body: bytes) -> bytes:
@@ -334,8 +332,9 @@ async def _read_body(request: Request, patience_s: float, take: Callable[[int], 
         return bytes(body)
 
     try:
-        return await asyncio.wait_for(read(), patience_s)
-    except asyncio.TimeoutError:
+        with anyio.fail_after(patience_s):
+            return await read()
+    except TimeoutError:
         raise GatewayError(408, "too_slow", f"the request did not arrive within {patience_s:g} s") from None
 
 
