@@ -68,4 +68,4 @@ def decode_candidates(payload: bytes) -> BasePolicy:
 
 
 def _in_steps(log_probs: Floats, step: float) -> Ids:
-    return np.asarray(np.clip(np.rint(log_probs / -step), 0, _LOWEST), "<u2")
+    return np.asarray(np.clip(np.rint(log_probs.astype(np.float64) / -step), 0, _LOWEST), "<u2")

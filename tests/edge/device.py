@@ -35,6 +35,7 @@ class Device:
     steerable: PrivateContexts | None
     gateway: Gateway
     app: httpx.AsyncClient  # its base URL is the gateway's
+    serving: asyncio.Task[None]
 
     async def chat(self, **fields: Any) -> httpx.Response:
         return await self.app.post("/chat/completions", json={**BODY, **fields})
@@ -72,7 +73,7 @@ async def device(folder: Path, server: str | None = None, patience: Patience = Q
         gateway = Gateway(settings, lambda: found.steerable, books, patience)
         serving = asyncio.create_task(gateway.serve())
         async with httpx.AsyncClient(base_url=gateway.url, trust_env=False, timeout=TIMEOUT_S) as app:
-            found = Device(up, books, accounts, contexts, contexts, gateway, app)
+            found = Device(up, books, accounts, contexts, contexts, gateway, app, serving)
             try:
                 yield found
             finally:

@@ -830,3 +830,51 @@ def test_nothing_of_a_request_is_logged(tmp_path: Path, caplog: pytest.LogCaptur
     assert "gateway ready" in caplog.text
     assert "Quagmire" not in caplog.text.replace("?q=Quagmire", "", 1)  # which this test's own client logs
     assert "sesame" not in caplog.text
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_a_server_that_is_ending_and_says_nothing_more_is_not_waited_for(tmp_path: Path, is_streamed: bool) -> None:
+    async def main() -> None:
+        quick = replace(QUICK, silence_s=0.2, answer_s=20.0)
+        async with device(tmp_path, patience=quick) as at:
+
+            async def falls_silent(call: Call) -> None:
+                if is_streamed:
+                    await call.start_events()
+                    await call.chunk(b'data: {"id": "x", "choices": []}\n\n')
+                at.server._server.close()  # takes no connections any more; those that are open stay
+                at.steers(ref_of(call), end=False)
+                at.accounts.received(End(f"{ref_of(call)}.0", "engine_gone", "the engine's connection is gone"), 10)
+                await call.hung_up.wait()
+
+            at.server.script = falls_silent
+            answer = await asyncio.wait_for(at.chat(stream=is_streamed), 5)
+            assert "server_broke_off" in answer.text
+            assert answer.status_code == (200 if is_streamed else 502)
+
+    run(main())
+
+
+def test_an_answer_that_outlasts_the_worker_is_told_so(tmp_path: Path) -> None:
+    """At the end of the process answers get two seconds; then apps are told, in OpenAI's format."""
+
+    async def never(call: Call) -> None:
+        if call.json.get("stream"):
+            await call.start_events()
+            await call.chunk(*sse(CHUNK))
+        await call.hung_up.wait()
+
+    async def main() -> None:
+        async with device(tmp_path) as at:
+            at.server.script = never
+            asked = [asyncio.create_task(at.chat(stream=is_streamed)) for is_streamed in (False, True)]
+            while len(at.server.calls) < 2:
+                await asyncio.sleep(0.01)
+            at.serving.cancel()
+            whole, streamed = await asyncio.gather(*asked)
+            assert (whole.status_code, whole.json()["error"]["code"]) == (503, "worker_stops")
+            last = events_of(streamed.content)[-1]
+            assert not isinstance(last, str)
+            assert last["error"]["code"] == "worker_stops"
+
+    run(main())

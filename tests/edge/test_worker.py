@@ -328,7 +328,7 @@ def test_an_edge_fused_stream_draws_as_it_is_asked_to(settings: EdgeSettings, tw
             seeds = {"a": 4, "b": 4, "c": 5}
             answers = [await generate(link, name, Sampling(temperature=5.0, seed=seed)) for name, seed in seeds.items()]
             assert answers[0] == answers[1] != answers[2]
-            told = [worker._disclosures.of(name, None) for name in "abc"]
+            told = [worker._books.disclosures.of(name, None) for name in "abc"]
             assert told[0].bits == pytest.approx(told[1].bits, abs=1e-3)
             assert told[0].bits != pytest.approx(told[2].bits, abs=1e-3)
             assert [len(one.drawn) for one in told] == [6, 6, 6]
@@ -399,7 +399,7 @@ def test_a_device_of_tokens_only_sends_no_delta(settings: EdgeSettings, twin: Tw
             generated = await generate(link, "s", GREEDY)
             base = [{t: p for t, p in base_policy(i).items() if t < VOCAB} for i in range(6)]
             assert generated == [max(one, key=one.__getitem__) for one in base], "with no budget the base policy decides"
-            assert worker._disclosures.of("s", None, 50.0).max_bits == 0.0
+            assert worker._books.disclosures.of("s", None, 50.0).max_bits == 0.0
 
     run(main())
     assert not [frame for frame in sent if isinstance(decode_edge_to_hub(frame), Delta)]

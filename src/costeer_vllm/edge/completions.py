@@ -33,7 +33,7 @@ from costeer_vllm.edge.asks import ALIAS_SUFFIX, Ask, parse_ask
 from costeer_vllm.edge.context import ContextRefused, PrivateContexts
 from costeer_vllm.edge.disclosure import Disclosures, Promise
 from costeer_vllm.edge.tasks import first_of
-from costeer_vllm.edge.upstream import IsAbandoned, Patience, Upstream, never, passed_down
+from costeer_vllm.edge.upstream import Patience, Upstream, passed_down
 from costeer_vllm.errors import InvalidParameter
 from costeer_vllm.protocol.messages import Fusion
 from costeer_vllm.request import FIELDS, Options
@@ -162,37 +162,41 @@ class Completions:
             account = stack.enter_context(device.accounts.account(ref, ask.num_streams))
             body = ask.steered(device.worker, device.steering_key, ref)
             costeer = functools.partial(self._costeer, account, ref, options)
-            return await self._relay(headers, body, reply, costeer, lambda: account.is_abandoned)
+            return await first_of(self._relay(headers, body, reply, costeer), self._abandoned(account, reply))
 
     async def _costeer(self, account: Account, ref: str, options: Options) -> dict[str, Any]:
         await account.settle(self._device.patience.counts_s)
         return costeer_object(account, self._device.worker, options, self._device.disclosures.bits(ref))
 
-    async def _relay(
-        self,
-        headers: Mapping[str, str],
-        body: bytes,
-        reply: "Reply",
-        costeer: Costeer | None = None,
-        is_abandoned: IsAbandoned = never,
-    ) -> None:
+    async def _abandoned(self, account: Account, reply: "Reply") -> None:
+        """Raises GatewayError if nobody is left to go on with the answer, never returns.
+
+        A server that is ending (vLLM on SIGTERM) may keep its connections open without a word for ever.
+        """
         upstream = self._device.upstream
-        async with upstream.asked("POST", self._path, headers, body, is_abandoned) as response:
+        while True:
+            num_sent = reply.num_sent
+            await asyncio.sleep(self._device.patience.silence_s)
+            if account.is_abandoned and reply.num_sent == num_sent and not await upstream.listens():
+                sentence = f"the server at {upstream.server} is ending and broke off its answer"
+                raise GatewayError(502, "server_broke_off", sentence)
+
+    async def _relay(self, headers: Mapping[str, str], body: bytes, reply: "Reply", costeer: Costeer | None = None) -> None:
+        upstream = self._device.upstream
+        async with upstream.asked("POST", self._path, headers, body) as response:
             if _is_event_stream(response) and response.is_success:
-                await self._relay_events(response, upstream.parts(response, is_abandoned), reply, costeer)
+                await self._relay_events(response, reply, costeer)
                 return
-            whole = await upstream.read(response, is_abandoned)
+            whole = await upstream.read(response)
         if costeer is not None and response.is_success:
             whole = with_costeer(whole, await costeer())
         await reply.whole(response.status_code, passed_down(response), whole)
 
-    async def _relay_events(
-        self, response: httpx.Response, parts: AsyncIterator[bytes], reply: "Reply", costeer: Costeer | None
-    ) -> None:
+    async def _relay_events(self, response: httpx.Response, reply: "Reply", costeer: Costeer | None) -> None:
         """Every event as soon as it is whole, and one more before [DONE]. A stream without [DONE] was broken off."""
         await reply.start(response.status_code, passed_down(response))
         events, first = Events(), b""
-        whole_ones = _whole_events(parts, events)
+        whole_ones = _whole_events(self._device.upstream.parts(response), events)
         async for event in whole_ones:
             first = first or event_data(event)
             if is_done(event):
@@ -218,6 +222,7 @@ class Reply:
     def __init__(self, send: Send, patience_s: float) -> None:
         self._send, self._patience_s = send, patience_s
         self._is_started = False
+        self.num_sent = 0  # messages
 
     async def start(self, status: int, headers: Mapping[str, str], num_bytes: int | None = None) -> None:
         """The head; ``num_bytes`` of the body, None of a stream of events."""
@@ -253,6 +258,7 @@ class Reply:
         try:
             with anyio.fail_after(self._patience_s):  # asyncio.wait_for can lose a cancellation before Python 3.12
                 await self._send(message)
+            self.num_sent += 1
         except TimeoutError:
             raise ClientDisconnect from None
 

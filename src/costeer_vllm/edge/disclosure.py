@@ -24,6 +24,7 @@ class Disclosure:
     max_bits: float | None = None
     bits: float = 0.0
     is_spent: bool = False  # the rest is drawn without the context
+    drawn: list[Drawn] = field(default_factory=list)
     choices: dict[bytes, int] = field(default_factory=dict)  # token by digest of the question: asked again, it is given again
 
     @property
@@ -33,6 +34,7 @@ class Disclosure:
 
     def add(self, drawn: Drawn, wanted: float) -> None:
         """Count a token; ``wanted``: the strength that the request asks for at this token."""
+        self.drawn.append(drawn)
         self.bits += drawn.bits
         self.is_spent |= drawn.strength == 0 and wanted != 0
 

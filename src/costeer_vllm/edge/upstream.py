@@ -1,10 +1,8 @@
 """The large model's server, as the gateway calls it: every wait is bounded, and every failure becomes one sentence."""
 
-import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -14,19 +12,9 @@ from costeer_vllm.addresses import is_loopback
 from costeer_vllm.edge.answers import GatewayError
 
 MAX_ANSWER_BYTES = 64 * 2**20  # of an answer that is not streamed
+PROBE_S = 5.0
 _PASSED_UP = ("accept", "x-request-id")  # headers of the app's request; others are made here
 _PASSED_DOWN = ("content-type", "cache-control", "retry-after", "www-authenticate", "x-request-id")
-
-
-# Whether an answer's steering ended without its engine's word, so that there may be nobody left to go on with it.
-IsAbandoned: TypeAlias = Callable[[], bool]
-
-T = TypeVar("T")
-
-
-def never() -> bool:
-    """Of an answer that is not steered."""
-    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +42,6 @@ class Upstream:
         # A server closes idle connections after a while (vLLM: 5 s); ours must be the first to close them.
         limits = httpx.Limits(max_connections=None, keepalive_expiry=2.0)
         headers = {"user-agent": f"costeer-gateway/{__version__}", "accept-encoding": "identity"}
-        self._silence_s = patience.silence_s
         self._client = httpx.AsyncClient(
             headers=headers, timeout=timeout, limits=limits, trust_env=use_environment, follow_redirects=False
         )
@@ -65,12 +52,7 @@ class Upstream:
 
     @contextlib.asynccontextmanager
     async def asked(
-        self,
-        method: str,
-        path: str,
-        headers: Mapping[str, str],
-        body: bytes | None = None,
-        is_abandoned: IsAbandoned = never,
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
     ) -> AsyncIterator[httpx.Response]:
         """The server's answer, of which only the head has come; leaving the block early hangs up.
 
@@ -79,7 +61,7 @@ class Upstream:
         """
         request = self._client.build_request(method, f"{self.server}{path}", headers=self._headers(headers, body), content=body)
         with self.failures_told():
-            response = await self._unless_gone(self._client.send(request, stream=True), is_abandoned)
+            response = await self._client.send(request, stream=True)
         try:
             if response.is_redirect:
                 sentence = f"the server at {self.server} redirects elsewhere: give the address meant with --server"
@@ -88,39 +70,26 @@ class Upstream:
         finally:
             await response.aclose()
 
-    async def parts(self, response: httpx.Response, is_abandoned: IsAbandoned = never) -> AsyncIterator[bytes]:
+    async def parts(self, response: httpx.Response) -> AsyncIterator[bytes]:
         """The body as it comes; raises GatewayError as ``asked`` does."""
         with self.failures_told():
-            parts = response.aiter_bytes()
-            while part := await self._unless_gone(anext(parts, b""), is_abandoned):
+            async for part in response.aiter_bytes():
                 yield part
 
-    async def read(self, response: httpx.Response, is_abandoned: IsAbandoned = never) -> bytes:
+    async def read(self, response: httpx.Response) -> bytes:
         """The whole answer; raises GatewayError as ``asked`` does, and if it is longer than 64 MiB."""
         parts, num_bytes = [], 0
-        async for part in self.parts(response, is_abandoned):
+        async for part in self.parts(response):
             num_bytes += len(part)
             if num_bytes > MAX_ANSWER_BYTES:
                 raise GatewayError(502, "bad_answer", f"the server's answer is longer than {MAX_ANSWER_BYTES} bytes")
             parts.append(part)
         return b"".join(parts)
 
-    async def _unless_gone(self, awaitable: Awaitable[T], is_abandoned: IsAbandoned) -> T:
-        """What comes of it. A server that is ending (vLLM on SIGTERM) may keep its connections open without a word for ever."""
-        task = asyncio.ensure_future(awaitable)
-        try:
-            while not (await asyncio.wait([task], timeout=self._silence_s))[0]:
-                if is_abandoned() and not await self._listens():
-                    raise GatewayError(502, "server_broke_off", f"the server at {self.server} is ending and broke off its answer")
-            return task.result()
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
-    async def _listens(self) -> bool:
+    async def listens(self) -> bool:
         """Whether the server takes connections."""
         try:
-            await self._client.get(f"{self.server}/models", headers={"connection": "close"}, timeout=self._silence_s)
+            await self._client.get(f"{self.server}/models", headers={"connection": "close"}, timeout=PROBE_S)
         except httpx.ConnectError:
             return False
         except httpx.HTTPError:
