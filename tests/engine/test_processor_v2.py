@@ -100,7 +100,10 @@ class Runner:
         if not scheduled:
             return
         rows = self.rng.sample(scheduled, len(scheduled))
-        logits = torch.randn(len(rows), VOCAB)
+        generator = torch.Generator().manual_seed(self.rng.getrandbits(32))
+        logits = torch.randn(len(rows), VOCAB, generator=generator)
+        if not self.stops:
+            logits[:, STOP] = -50.0  # no candidate
         before = logits.clone()
         context = self.context(rows)
         if self.needs_apply & set(context.idx_mapping_np.tolist()):
@@ -221,7 +224,7 @@ def test_every_row_of_every_step_gets_its_own_delta(
     assert isinstance(edges, ExactEdges)
     assert edges.problems == []
     assert edges.prefixes == {}
-    assert sum(runner.steered_rows) > 20
+    assert sum(runner.steered_rows) > 15
     assert min(runner.steered_rows) >= 3
     steered, missed = accounts(hub)
     assert sum(missed.values()) == 0
