@@ -2,45 +2,67 @@
 
 import math
 
+import numpy as np
 import pytest
 
+from costeer_vllm.candidates import BasePolicy
 from costeer_vllm.edge import disclosure
-from costeer_vllm.edge.disclosure import Disclosure, Disclosures
-from costeer_vllm.edge.fusion import Drawn
+from costeer_vllm.edge.disclosure import Disclosure, Disclosures, Promise
+from costeer_vllm.protocol.messages import Sampling
 
-
-def drawn(bits: float, strength: float = 1.0) -> Drawn:
-    return Drawn(7, -3.0, -3.0 + bits * math.log(2), strength)
+BASE = BasePolicy(np.array([0, 1, 2]), np.log([0.5, 0.3, 0.2]), 0.0)
+DELTA = np.array([0.0, 2.0, -1.0])
+GREEDY = Sampling(temperature=0.0)
 
 
 def test_bits_add_up_and_a_token_that_the_context_made_less_likely_gives_some_back() -> None:
-    told = Disclosure(max_bits=5.0)
-    for bits, left in ((2.0, 3.0), (-1.0, 4.0), (3.5, 0.5)):
-        told.add(drawn(bits), 1.0)
-        assert told.bits_left == pytest.approx(left)
-    assert told.bits == pytest.approx(4.5)
-    assert [one.bits for one in told.drawn] == pytest.approx([2.0, -1.0, 3.5])
-    assert not told.is_spent
-
-
-def test_without_a_budget_any_number_of_bits_is_left() -> None:
     told = Disclosure()
-    told.add(drawn(100.0), 1.0)
+    weights = np.array([0.5, 0.3, 0.2]) * np.exp(DELTA)
+    expected = np.log2(weights / weights.sum() / [0.5, 0.3, 0.2])
+    uniforms = np.cumsum(weights / weights.sum()) - 1e-9  # of each token in turn
+    for token, uniform in enumerate(uniforms):
+        drawn = told.draw(BASE, DELTA, 1.0, Sampling(), uniform)
+        assert (drawn.token, drawn.bits) == (token, pytest.approx(expected[token]))
+    assert expected.min() < 0 < expected.max()
+    assert told.bits == pytest.approx(expected.sum())
     assert told.bits_left == math.inf
-    assert told.bits == pytest.approx(100.0)
+    assert [drawn.token for drawn in told.drawn] == [0, 1, 2]
 
 
-@pytest.mark.parametrize(
-    ("strength", "wanted", "is_spent"),
-    [(0.0, 1.5, True), (0.0, -1.5, True), (0.0, 0.0, False), (0.1, 1.5, False), (1.5, 1.5, False)],
-)
-def test_it_is_spent_when_a_token_had_to_do_without_the_context(strength: float, wanted: float, is_spent: bool) -> None:
-    told = Disclosure(max_bits=1.0)
-    told.add(drawn(0.5, strength), wanted)
-    assert told.is_spent is is_spent
-    assert told.bits == pytest.approx(0.5 if strength else 0.0)
-    told.add(drawn(0.1), 1.0)
-    assert told.is_spent is is_spent, "for good"
+def test_a_token_that_would_have_been_drawn_anyway_costs_little_and_another_its_surprise() -> None:
+    """Greedy; by the estimate of one such token among sixteen, one among seventeen, two among eighteen."""
+    told = Disclosure()
+    same = told.draw(BASE, np.zeros(3), 1.0, GREEDY, 0.5)
+    assert (same.token, same.bits) == (0, pytest.approx(-math.log2(15 / 16 + 0.5 / 16)))
+    other = told.draw(BASE, DELTA, 1.0, GREEDY, 0.5)
+    assert (other.token, other.bits) == (1, pytest.approx(-math.log2(0.3 / 17)))
+    again = told.draw(BASE, DELTA, 1.0, GREEDY, 0.5)
+    assert (again.token, again.bits) == (1, pytest.approx(-math.log2(0.3 * 2 / 18)))
+    assert told.bits == pytest.approx(same.bits + other.bits + again.bits)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(top_k=1), Sampling(top_p=0.4), Sampling(min_p=0.9)])
+def test_all_that_cut_are_counted_alike(sampling: Sampling) -> None:
+    told, greedy = Disclosure(), Disclosure()
+    for delta in (np.zeros(3), 9 * DELTA):
+        found, expected = told.draw(BASE, delta, 1.0, sampling, 0.5), greedy.draw(BASE, delta, 1.0, GREEDY, 0.5)
+        assert (found.token, found.bits) == (expected.token, pytest.approx(expected.bits, abs=1e-9))
+
+
+def test_a_token_that_had_to_do_without_the_context_spends_the_budget_for_good() -> None:
+    told = Disclosure(max_bits=0.0)
+    assert told.draw(BASE, np.array([0.0, 1.0, 2.0]), 1.0, Sampling(), 0.0).strength < 1e-9
+    assert told.is_spent
+    assert told.draw(BASE, np.zeros(3), 1.0, Sampling(), 0.0).strength == 0
+    assert told.bits == 0
+
+
+def test_what_is_not_to_be_steered_spends_nothing() -> None:
+    told = Disclosure(max_bits=0.0)
+    told.draw(BASE, DELTA, 0.0, Sampling(), 0.9)
+    told.draw(BASE, DELTA, 1.0, Sampling(confidence=0.5), 0.9)
+    assert not told.is_spent
+    assert told.bits == 0
 
 
 def test_each_request_and_context_has_its_own() -> None:
@@ -88,3 +110,18 @@ def test_those_of_the_last_requests_are_remembered(monkeypatch: pytest.MonkeyPat
     assert found.of("a", None) is first
     assert found.of("b", None) is not second
     assert len(found._by_request) == 3
+
+
+def test_a_promise_holds_the_streams_of_its_request_while_it_lasts() -> None:
+    found = Disclosures()
+    with found.promise("r1", Promise("edge", 4.0, "scope")):
+        assert found.is_allowed("r1", "edge")
+        assert not found.is_allowed("r1", "cloud")
+        assert found.is_allowed("other", "cloud")
+        assert found.is_allowed(None, "cloud")
+        assert found.of("a", "r1", 9.0).max_bits == 4.0
+        assert (found.scope("r1"), found.scope("other"), found.scope(None)) == ("scope", "other", None)
+        found.of("a", "r1").draw(BASE, DELTA, 1.0, Sampling(), 0.9)
+        assert found.bits("r1") == found.of("a", "r1").bits != 0
+    assert found.is_allowed("r1", "cloud")
+    assert found.of("a", "r1", 9.0).max_bits == 4.0, "a budget that was promised stays"

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from costeer_vllm.candidates import BasePolicy, decode_candidates
 from costeer_vllm.delta import finite
 from costeer_vllm.edge.disclosure import Disclosure, Disclosures
-from costeer_vllm.edge.fusion import Drawn, draw
+from costeer_vllm.edge.fusion import Drawn
 from costeer_vllm.errors import InvalidCandidates, InvalidParameter
 from costeer_vllm.protocol.messages import Begin, Candidates, Choice, Sampling, encode
 from costeer_vllm.steering import check_finite, check_strength
@@ -80,9 +80,7 @@ class Chooser:
         return self.choice
 
     def _draw(self, base: BasePolicy, delta: npt.NDArray[np.float32], uniform: float) -> int:
-        wanted = 0.0 if self.disclosure.is_spent or _is_sure(base, self.sampling) else self.strength
-        drawn = draw(base, finite(delta[base.ids]), wanted, self.sampling, uniform, self.disclosure.bits_left)
-        self.disclosure.add(drawn, wanted)
+        drawn = self.disclosure.draw(base, finite(delta[base.ids]), self.strength, self.sampling, uniform)
         self.drawn = drawn
         self.bits += drawn.bits
         return drawn.token
@@ -135,8 +133,3 @@ def _known(base: BasePolicy, num_tokens: int) -> BasePolicy:
     if not known:
         raise InvalidCandidates("none of the candidates is a token of the small model")
     return base if known == len(base.ids) else BasePolicy(base.ids[:known], base.log_probs[:known], base.mass_left)
-
-
-def _is_sure(base: BasePolicy, sampling: Sampling) -> bool:
-    """Whether the base policy is so sure that the request leaves it alone: see ``confidence``."""
-    return sampling.confidence < 1 and math.exp(base.log_probs.max()) >= sampling.confidence

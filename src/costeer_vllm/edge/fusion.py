@@ -3,7 +3,11 @@
     log pi(y) = log pi_0(y) + c * delta(y) + const              over the candidates y; pi_0: base policy, pi: personalized policy
     q = sampler(pi)                                             temperature, min_p, top_k, top_p, in vLLM's order
     p = pi_0 at the same temperature (greedy: at temperature 1)
-    bits(y) = log2 q(y) / p(y)                                  what y tells, at the most, about the private context
+    r = (1 - e) * sampler(pi_0) + e * p                         what somebody expects who does not know the context
+    bits(y) = log2 q(y) / r(y)                                  what y tells, at the most, about the private context
+
+Where nothing is cut off, sampler(pi_0) is p, and so is r. Greedy, or with top_k, top_p or min_p, q may draw what would have been
+cut off without the context; e, above 0, is the share of such tokens that is expected, and depends on the text so far alone.
 
 A token that is drawn at strength 0 is drawn without the context and tells nothing of it. With ``bits_left`` the strength is
 lowered until no token that could be drawn would tell more. Nothing here has a state; all arithmetic is float64.
@@ -33,12 +37,14 @@ class Drawn:
     token: int
     log_p: float  # nats, without the context: in the base policy, among the candidates
     log_q: float  # nats, as it was drawn
+    log_r: float  # nats, as it was to be expected
+    is_cut: bool  # the sampler would have cut it off without the context
     strength: float  # c_T, or less for want of budget; 0: drawn without the context
 
     @property
     def bits(self) -> float:
         """What the token told; negative where the context made it less likely."""
-        return (self.log_q - self.log_p) / math.log(2) if self.strength else 0.0
+        return (self.log_q - self.log_r) / math.log(2) if self.strength else 0.0
 
 
 def draw(
@@ -48,6 +54,7 @@ def draw(
     sampling: Sampling,
     uniform: float,
     bits_left: float = math.inf,
+    share_cut: float = 1.0,
 ) -> Drawn:
     """Draw one of the k candidates.
 
@@ -58,18 +65,23 @@ def draw(
         sampling: of the request.
         uniform: a random number in [0, 1).
         bits_left: what the token may tell at the most, whichever of them is drawn.
+        share_cut: e, above 0.
     """
     scores, delta = base.log_probs.astype(np.float64), delta.astype(np.float64)
     log_p = _log_softmax(scores / (sampling.temperature if _is_random(sampling) else 1.0))
 
+    log_s = sampler(scores, sampling)
+    log_r = np.logaddexp(log_s + _log(1 - share_cut), log_p + math.log(share_cut)) if _cuts(sampling) else log_p
+
     def most_bits(c: float) -> float:
         log_q = sampler(scores + c * delta, sampling)
-        return float(np.where(log_q > -np.inf, log_q - log_p, -np.inf).max()) / math.log(2)
+        return float(np.where(log_q > -np.inf, log_q - log_r, -np.inf).max()) / math.log(2)
 
     strength = _strength_within(bits_left, strength, most_bits)
     log_q = sampler(scores + strength * delta, sampling)
     chosen = _inverse_cdf(np.exp(log_q), uniform)
-    return Drawn(int(base.ids[chosen]), float(log_p[chosen]), float(log_q[chosen]), strength)
+    is_cut = bool(log_s[chosen] == -np.inf)
+    return Drawn(int(base.ids[chosen]), float(log_p[chosen]), float(log_q[chosen]), float(log_r[chosen]), is_cut, strength)
 
 
 def sampler(scores: LogProbs, sampling: Sampling) -> LogProbs:
@@ -110,6 +122,14 @@ def _inverse_cdf(q: npt.NDArray[np.float64], uniform: float) -> int:
 
 def _is_random(sampling: Sampling) -> bool:
     return sampling.temperature >= GREEDY_BELOW
+
+
+def _cuts(sampling: Sampling) -> bool:
+    return not _is_random(sampling) or sampling.min_p > 0 or sampling.top_k > 0 or sampling.top_p < 1
+
+
+def _log(share: float) -> float:
+    return math.log(share) if share > 0 else -math.inf
 
 
 def _log_softmax(scores: LogProbs) -> LogProbs:
