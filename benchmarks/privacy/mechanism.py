@@ -19,7 +19,6 @@ from costeer_vllm.delta import finite
 from costeer_vllm.demo.scores import Pair
 from costeer_vllm.demo.task import Row
 from costeer_vllm.edge.disclosure import Disclosure
-from costeer_vllm.edge.fusion import draw
 from costeer_vllm.engine.offers import base_policies
 from costeer_vllm.offline import end_ids
 from costeer_vllm.protocol.messages import Sampling
@@ -82,10 +81,8 @@ def transcripts(
         log_probs = small.log_probs.view(len(cases), num_contexts + 1, copies, -1).transpose(1, 2).flatten(0, 1).numpy()
         deltas = np.stack([_deltas(log_probs[row], bases[row]) for row in rows])  # [open, contexts, k]
         for delta, row in zip(deltas, rows, strict=True):
-            ledger, wanted = ledgers[row], 0.0 if ledgers[row].is_spent else setting.strength
-            drawn = draw(bases[row], delta[truth[row]], wanted, setting.sampling, rng.random(), ledger.bits_left)
-            ledger.add(drawn, wanted)
-            tokens[step, row], bits[step, row] = drawn.token, ledger.bits
+            drawn = ledgers[row].draw(bases[row], delta[truth[row]], setting.strength, setting.sampling, rng.random())
+            tokens[step, row], bits[step, row] = drawn.token, ledgers[row].bits
         chosen = np.array([np.searchsorted(bases[row].ids, tokens[step, row]) for row in rows])
         scores = np.stack([bases[row].log_probs for row in rows])
         log_q[step, rows] = suspects.heard(rows, scores, deltas, chosen, setting.strength, setting.sampling)

@@ -24,10 +24,18 @@ class Suspects:
 
     bits: Floats  # [texts, contexts]
     is_spent: npt.NDArray[np.bool_]  # [texts, contexts]
+    num_cut: npt.NDArray[np.int64]  # [texts] tokens that the sampler would have cut off without a context
+    num_heard: npt.NDArray[np.int64]  # [texts]
 
     @classmethod
     def of(cls, num_texts: int, num_contexts: int) -> "Suspects":
-        return cls(np.zeros((num_texts, num_contexts)), np.zeros((num_texts, num_contexts), bool))
+        shape, none = (num_texts, num_contexts), np.zeros(num_texts, np.int64)
+        return cls(np.zeros(shape), np.zeros(shape, bool), none, none.copy())
+
+    @property
+    def share_cut(self) -> Floats:
+        """``[texts]``, as ``edge.disclosure`` estimates it."""
+        return np.asarray((self.num_cut + 1) / (self.num_heard + 16))
 
     def heard(
         self,
@@ -47,22 +55,25 @@ class Suspects:
         wanted = np.where(self.is_spent[texts], 0.0, strength)
         wide = np.broadcast_to(scores[:, None], deltas.shape).reshape(-1, deltas.shape[-1])
         flat = deltas.reshape(wide.shape).astype(np.float64)
-        used = strengths_within(left.ravel(), wide, flat, wanted.ravel(), sampling).reshape(shape)
+        log_r = np.repeat(log_expected(scores, self.share_cut[texts], sampling), shape[1], axis=0)
+        used = strengths_within(left.ravel(), wide, flat, wanted.ravel(), log_r, sampling).reshape(shape)
         index = np.repeat(chosen, shape[1])[:, None]
         log_q = np.take_along_axis(log_policy(wide + used.reshape(-1, 1) * flat, sampling), index, -1).reshape(shape)
-        log_p = np.take_along_axis(log_base(wide, sampling), index, -1).reshape(shape)
-        self.bits[texts] += np.where(used == 0, 0.0, (log_q - log_p) / math.log(2))
+        told = log_q - np.take_along_axis(log_r, index, -1).reshape(shape)
+        self.bits[texts] += np.where(used == 0, 0.0, told / math.log(2))
         self.is_spent[texts] |= (used == 0) & (wanted != 0)
+        plain = np.take_along_axis(log_policy(scores, sampling), chosen[:, None], -1)[:, 0]
+        self.num_cut[texts] += plain == -np.inf
+        self.num_heard[texts] += 1
         return log_q
 
 
-def strengths_within(left: Floats, scores: Floats, deltas: Floats, wanted: Floats, sampling: Sampling) -> Floats:
+def strengths_within(left: Floats, scores: Floats, deltas: Floats, wanted: Floats, log_r: Floats, sampling: Sampling) -> Floats:
     """Row by row what ``edge.fusion`` lowers the strength ``wanted [m]`` to, lest a token tell more than ``left [m]`` bits."""
-    log_p = log_base(scores, sampling)
 
     def is_within(rows: npt.NDArray[np.int64], strengths: Floats) -> npt.NDArray[np.bool_]:
         log_q = log_policy(scores[rows] + strengths[:, None] * deltas[rows], sampling)
-        most = (log_q - log_p[rows]).max(-1) / math.log(2)  # log p is finite: no -inf - -inf
+        most = (log_q - log_r[rows]).max(-1) / math.log(2)  # log r is finite: no -inf - -inf
         return np.asarray(most <= left[rows])
 
     strengths = wanted.copy()
@@ -86,9 +97,12 @@ def log_policy(scores: Floats, sampling: Sampling) -> Floats:
     return log_softmax(scores / sampling.temperature)
 
 
-def log_base(scores: Floats, sampling: Sampling) -> Floats:
-    """log p, what the ledger compares with; greedy: at temperature 1."""
-    return log_softmax(scores / (sampling.temperature if sampling.temperature >= GREEDY_BELOW else 1.0))
+def log_expected(scores: Floats, share_cut: Floats, sampling: Sampling) -> Floats:
+    """log r ``[n, k]``, what the ledger compares with: see ``edge.fusion``."""
+    if sampling.temperature >= GREEDY_BELOW:
+        return log_softmax(scores / sampling.temperature)
+    shares = share_cut[:, None]
+    return np.asarray(np.logaddexp(log_policy(scores, sampling) + np.log(1 - shares), log_softmax(scores) + np.log(shares)))
 
 
 def log_softmax(scores: Floats) -> Floats:

@@ -21,12 +21,11 @@ from benchmarks.privacy.mechanism import transcripts
 from benchmarks.privacy.outside import TOP_KS, outside
 from benchmarks.privacy.reader import prompts_of
 from benchmarks.privacy.report import markdown
-from benchmarks.privacy.suspects import Suspects, log_base, log_policy
+from benchmarks.privacy.suspects import Suspects, log_expected, log_policy
 from costeer_vllm.candidates import BasePolicy
 from costeer_vllm.demo.export import export
 from costeer_vllm.demo.scores import Pair, load_pair
 from costeer_vllm.edge.disclosure import Disclosure
-from costeer_vllm.edge.fusion import draw
 from costeer_vllm.protocol.messages import Sampling
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -73,9 +72,7 @@ def test_the_simulated_mechanism_is_the_device_s(temperature: float, max_bits: f
         for _ in range(12):
             base = BasePolicy(np.arange(k), np.log(rng.dirichlet(np.ones(k))), 0.0)
             deltas = rng.normal(0, 2, (3, k)).astype(np.float32)
-            wanted = 0.0 if ledger.is_spent else strength
-            drawn = draw(base, deltas[truth], wanted, sampling, rng.random(), ledger.bits_left)
-            ledger.add(drawn, wanted)
+            drawn = ledger.draw(base, deltas[truth], strength, sampling, rng.random())
             chosen = np.array([drawn.token])
             log_q = suspects.heard(np.array([0]), base.log_probs[None], deltas[None], chosen, strength, sampling)
             assert log_q[0, truth] == pytest.approx(drawn.log_q, abs=1e-9)
@@ -87,20 +84,20 @@ def test_the_simulated_mechanism_is_the_device_s(temperature: float, max_bits: f
 
 
 def summed_over_texts(sampling: Sampling, seed: int) -> tuple[float, float]:
-    """sum_text max_c q_c(text), and the largest q_c(text) / p(text), over a random tree of base policies and deltas."""
+    """sum_text max_c q_c(text), and the largest q_c(text) / r(text), over a random tree of base policies and deltas."""
     rng, k, num_contexts, length = np.random.default_rng(seed), 4, 5, 3
     prefixes = [prefix for n in range(length) for prefix in itertools.product(range(k), repeat=n)]
     scores = {prefix: np.log(rng.dirichlet(np.ones(k))) for prefix in prefixes}
     deltas = {prefix: rng.normal(0, 2, (num_contexts, k)).astype(np.float32) for prefix in prefixes}
     total, worst = 0.0, 0.0
     for text in itertools.product(range(k), repeat=length):
-        suspects, log_q, log_p = Suspects.of(1, num_contexts), np.zeros(num_contexts), 0.0
+        suspects, log_q, log_r = Suspects.of(1, num_contexts), np.zeros(num_contexts), 0.0
         for n, token in enumerate(text):
             at = scores[text[:n]][None]
+            log_r += float(log_expected(at, suspects.share_cut, sampling)[0, token])
             log_q += suspects.heard(np.array([0]), at, deltas[text[:n]][None], np.array([token]), 1.8, sampling)[0]
-            log_p += float(log_base(at, sampling)[0, token])
         total += math.exp(log_q.max())
-        worst = max(worst, math.exp(log_q.max() - log_p))
+        worst = max(worst, math.exp(log_q.max() - log_r))
     return total, worst
 
 
@@ -224,7 +221,8 @@ def test_candidates_differ_in_what_they_should(folder: Path) -> None:
 def test_temperature_is_that_of_the_device() -> None:
     scores = np.array([[0.0, 1.0]])
     assert log_policy(scores, Sampling(temperature=0.5))[0, 1] == pytest.approx(-math.log(1 + math.exp(-2)))
-    assert log_base(scores, Sampling(temperature=0))[0, 1] == pytest.approx(-math.log(1 + math.exp(-1)))
+    expected = log_expected(scores, np.array([0.25]), Sampling(temperature=0.0))
+    assert np.exp(expected) == pytest.approx(np.array([[0.25 / (1 + math.e), 0.75 + 0.25 / (1 + 1 / math.e)]]))
 
 
 def test_the_more_candidates_the_less_is_outside(pair: Pair, folder: Path) -> None:
