@@ -32,6 +32,10 @@ COMMANDS = {
         "device",
         "max-streams",
         "threads",
+        "tokens-only",
+        "max-bits",
+        "ledger",
+        "no-ledger",
         "gateway",
         "server",
         "gateway-key",
@@ -51,8 +55,9 @@ def test_the_package_exports_nothing_but_its_version() -> None:
 
 
 def test_the_fields_of_a_request() -> None:
-    assert FIELDS[:3] == ("worker", "key", "context_ref")
-    assert FIELDS[3:] == ("T", "alpha", "beta", "lambda", "eta", "strength", "confidence", "on_missing", "deadline_ms")
+    assert FIELDS[:4] == ("worker", "key", "context_ref", "fusion")
+    assert FIELDS[4:11] == ("T", "alpha", "beta", "lambda", "eta", "strength", "confidence")
+    assert FIELDS[11:] == ("candidates", "rounding", "max_bits", "on_missing", "deadline_ms")
 
 
 def test_the_commands() -> None:
