@@ -2,7 +2,8 @@
 
     python -m tests.e2e.offline FOLDER WORKER OPTIONS ANSWER        (COSTEER_HUB set; OPTIONS is JSON)
 
-Writes JSON to the file ANSWER: the token ids of every query, and how often a request was preempted.
+Every other query is fused at the edge. Writes JSON to the file ANSWER: the token ids of every query, and how often a request was
+preempted.
 """
 
 import json
@@ -48,6 +49,7 @@ def steered(worker: str, query: str, number: int, T: int, num_tokens: int, ignor
         worker=worker,
         query=Query(messages=[Turn("user", query)]),
         strength=SteeringParams(T=T).strength,
+        fusion="edge" if number % 2 else "cloud",
         deadline_ms=60_000.0,
     )
     extra_args = {"costeer": to_extra_args(request)}

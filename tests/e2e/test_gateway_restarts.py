@@ -25,7 +25,7 @@ from costeer_vllm.processes import Running, edge_worker, free_port, running, wai
 
 from .conftest import EDGE_OPTIONS, RUNNERS, SERVER_OPTIONS
 
-FUSIONS = ("cloud",)  # every fault meets requests of each
+FUSIONS = ("cloud", "edge")  # every fault meets requests of each
 Component: TypeAlias = Literal["edge", "hub", "server"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 ORDERS = tuple(itertools.permutations(COMPONENTS))
