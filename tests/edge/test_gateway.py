@@ -295,7 +295,7 @@ def test_an_answer_that_was_not_steered_says_so(tmp_path: Path) -> None:
                 await call.answer(json.dumps(ANSWER).encode())
 
             for script, counts, note in (
-                (missed, (0, 5), "no token was steered: no delta came in time"),
+                (missed, (0, 5), "no token was steered: no answer of the edge worker came in time"),
                 (lost, (None, None), "(the link to the hub was lost)"),
                 (at.server.complete, (0, None), "asked it for nothing"),
             ):

@@ -137,10 +137,10 @@ def test_what_is_no_object_stays_as_it_is(answer: bytes) -> None:
     [
         (Account(1, num_over=1, tokens_steered=5, num_answers=5), (5, 0), None),
         (Account(1, num_over=1, tokens_steered=5, tokens_missed=2, num_answers=5), (5, 2), None),
-        (Account(1, num_over=1, tokens_missed=2, num_answers=1), (0, 2), "no delta came in time"),
-        (Account(1, num_over=1, tokens_missed=2), (0, 2), "no delta came in time"),
+        (Account(1, num_over=1, tokens_missed=2, num_answers=1), (0, 2), "no answer of the edge worker came in time"),
+        (Account(1, num_over=1, tokens_missed=2), (0, 2), "no answer of the edge worker came in time"),
         (Account(1), (0, None), "the server's hub asked it for nothing"),
-        (Account(1, num_lost=1, why="too many"), (0, None), "gave no delta (too many)"),
+        (Account(1, num_lost=1, why="too many"), (0, None), "gave no answer (too many)"),
         (Account(1, num_lost=1, why="gone", num_answers=3), (None, None), "not known here (gone)"),
         (Account(2, num_over=1, tokens_steered=5, num_answers=3), (None, None), "not known here:"),
     ],

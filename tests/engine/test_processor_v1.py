@@ -802,3 +802,14 @@ def test_the_hash_in_an_advance_is_of_all_that_was_generated(processor: CoSteerL
     steer(processor, 1)
     (advance,) = hub.messages(Advance)
     assert (advance.position, advance.prefix_hash, advance.tokens) == (3, extend_hash(0, [3, 1, 4]), [4])
+
+
+def test_a_thinking_budget_that_would_overrule_choices_is_refused() -> None:
+    for fusion in ("cloud", "edge"):
+        request = SteeringRequest("r", "laptop", Query(prompt="Hi"), 1.0, fusion=fusion)
+        wanted = SamplingParams(extra_args={"costeer": to_extra_args(request)}, thinking_token_budget=5)
+        if fusion == "cloud":
+            CoSteerLogitsProcessor.validate_params(wanted)
+        else:
+            with pytest.raises(InvalidParameter, match="thinking_token_budget is 5"):
+                CoSteerLogitsProcessor.validate_params(wanted)

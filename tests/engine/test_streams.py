@@ -434,22 +434,34 @@ def test_a_choice_of_any_other_prefix_is_dropped(engine: Engine, position: int, 
     assert stream.answer == 6
 
 
-def test_a_late_choice_ends_the_silence(engine: Engine) -> None:
+def test_a_choice_that_would_have_been_in_time_ends_the_silence_and_a_late_one_does_not(engine: Engine) -> None:
     """Nobody waits for a silent stream: were only choices in time heard, it would be silent for ever."""
-    stream = engine.begin(deadline_ms=5, sampling=GREEDY)
+    stream = engine.begin(deadline_ms=500, sampling=GREEDY)
+    late = []
+    for token in (1, 2):
+        offered(engine, stream)
+        late.append(choice_for(stream))
+        engine.table.collect([stream])  # waits for the first only
+        engine.advance(stream, token)
     offered(engine, stream)
-    late = choice_for(stream)
-    engine.table.collect([stream])
-    engine.advance(stream, 1)
-    offered(engine, stream)
+    engine.hear(late[0])
     assert stream.wait_s(stream.asked_at) == 0
-    engine.hear(late)
+    engine.hear(late[1])
     assert stream.answer is None
-    assert stream.wait_s(stream.asked_at) == pytest.approx(0.005)
+    assert stream.wait_s(stream.asked_at) == pytest.approx(0.5)
     engine.hear(choice_for(stream))
     engine.table.collect([stream])
     engine.advance(stream, 4)
-    assert engine.end(stream, 0) == (1, 1)
+    assert engine.end(stream, 0) == (1, 2)
+
+
+def test_of_a_long_answer_only_the_last_offers_are_kept(engine: Engine) -> None:
+    stream = engine.begin(deadline_ms=0, sampling=GREEDY)
+    for _ in range(100):
+        offered(engine, stream)
+        engine.table.collect([stream])
+        engine.advance(stream, 1)
+    assert list(stream.offered_at) == list(range(36, 100))
 
 
 @pytest.mark.parametrize(("sampling", "of_edge"), [(GREEDY, False), (None, False), (None, True)])

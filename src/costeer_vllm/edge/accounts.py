@@ -8,6 +8,8 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import anyio
+
 from costeer_vllm.protocol.messages import Advance, Begin, Candidates, Choice, Delta, End
 
 _COUNTED = ("finished", "preempted")  # the reasons of an engine's End, which brings counts; the hub's own have none
@@ -46,8 +48,8 @@ class Account:
 
     async def settle(self, timeout_s: float) -> None:
         """Wait until it is settled, but not for longer than ``timeout_s``."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._settled(), timeout_s)
+        with anyio.move_on_after(timeout_s):  # asyncio.wait_for can lose a cancellation before Python 3.12
+            await self._settled()
 
     async def _settled(self) -> None:
         while not self.is_settled:

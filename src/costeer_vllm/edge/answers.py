@@ -65,11 +65,11 @@ def _note(account: Account) -> str | None:
     why = f" ({account.why})" if account.why else ""
     if account.num_answers == 0 and not account.is_complete:
         why = why or " (the server's hub asked it for nothing: is it the hub of this server?)"
-        return f"no token was steered: the edge worker gave no delta{why}"
+        return f"no token was steered: the edge worker gave no answer{why}"
     if not account.is_complete:
         return f"the counts are not known here{why}: the hub of the server may have them"
     if account.tokens_missed and not account.tokens_steered:
-        return "no token was steered: no delta came in time"
+        return "no token was steered: no answer of the edge worker came in time"
     return None
 
 

@@ -1,8 +1,8 @@
 """What the answers of this device can have told the server about the private context, and what each of them may tell.
 
 A ``Disclosure`` is kept for each request, over all of its streams: a stream that is preempted goes on as another one, and the
-choices of one request are read side by side. It is the device's own: no server can begin it anew by beginning a stream again, nor
-widen what the gateway has promised an app.
+choices of one request are read side by side. To begin a stream again does not begin it anew, and what the gateway has promised an
+app cannot be widened. But which streams are one request, the server says: if it invents requests, each gets a new one.
 """
 
 import contextlib

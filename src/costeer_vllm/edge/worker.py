@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import anyio
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
@@ -192,7 +193,9 @@ class EdgeWorker:
         )
         async with connection as websocket:
             await self._send(websocket, self._attach)
-            self._check_attached(await asyncio.wait_for(websocket.recv(), ATTACH_TIMEOUT_S))
+            with anyio.fail_after(ATTACH_TIMEOUT_S):
+                answer = await websocket.recv()
+            self._check_attached(answer)
             self._attached_at = time.monotonic()
             vocabulary = self._attach.vocabulary
             log.info(
@@ -252,8 +255,8 @@ class EdgeWorker:
         deadline = time.monotonic() + min(GATHER_SHARE * self._turn_s, MAX_GATHER_S)
         while self._streams.num_asked < len(self._streams) and (left := deadline - time.monotonic()) > 0:
             self._news.clear()
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._news.wait(), left)
+            with anyio.move_on_after(left):  # asyncio.wait_for can lose a cancellation before Python 3.12
+                await self._news.wait()
 
     async def _expire(self, websocket: ClientConnection) -> None:
         while True:

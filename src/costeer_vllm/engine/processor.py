@@ -31,7 +31,7 @@ from costeer_vllm.engine.offers import Penalties, base_policies
 from costeer_vllm.engine.ranks import Ranks
 from costeer_vllm.engine.slots import Slots, TokenReader
 from costeer_vllm.engine.streams import SteeredStream, StreamTable
-from costeer_vllm.errors import HubUnavailable
+from costeer_vllm.errors import HubUnavailable, InvalidParameter
 from costeer_vllm.protocol.messages import Sampling
 from costeer_vllm.request import SteeringRequest, parse_admitted
 
@@ -92,7 +92,10 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
         Raises:
             InvalidParameter: a ValueError, which becomes HTTP 400.
         """
-        _steering_request(sampling_params)
+        request = _steering_request(sampling_params)
+        budget = getattr(sampling_params, "thinking_token_budget", None)
+        if request is not None and request.fusion == "edge" and budget is not None:  # it would overrule the choice, unseen
+            raise InvalidParameter("thinking_token_budget", budget, "left out where fusion is 'edge'")
 
     # Runner V1
 

@@ -32,6 +32,7 @@ from costeer_vllm.protocol.stream import Stream
 from costeer_vllm.request import SteeringRequest
 
 _JOIN_INTERVAL_S = 0.5
+_MAX_OFFERS_KEPT = 64  # of a stream: older choices than these are late in any case
 
 logger = logging.getLogger("vllm.costeer")  # below vLLM's own logger: its handlers, its level
 
@@ -50,6 +51,7 @@ class SteeredStream:
     payload: bytes | None = None  # of the answer for the current position: a delta as it came, or the id of the chosen token
     answer: DenseDelta | SparseDelta | int | None = None  # the same
     asked_at: float = 0.0  # seconds, monotonic
+    offered_at: dict[int, float] = field(default_factory=dict)  # the same, by position, of the last offers
     silent: bool = False  # nothing has come in time since the last miss: not worth another wait
     closed_by: EndReason | None = None  # the edge or the hub ended it; its tokens are missed from there on
     steered: int = 0
@@ -111,7 +113,9 @@ class StreamTable:
         if stream.offer is not None or stream.closed_by is not None or self._link is None:
             return
         stream.offer = Candidates(stream.id, stream.position, stream.protocol.prefix_hash, payload)
-        stream.asked_at = time.monotonic()
+        stream.asked_at = stream.offered_at[stream.position] = time.monotonic()
+        if len(stream.offered_at) > _MAX_OFFERS_KEPT:
+            del stream.offered_at[next(iter(stream.offered_at))]
         if not self._link.send(stream.offer):
             stream.silent = True
 
@@ -220,9 +224,12 @@ class StreamTable:
         is_late = not stream.protocol.wants(message)
         if is_late and (stream.sampling is None or isinstance(message, Delta)):
             return
-        stream.silent = False  # also by a late choice: where none is waited for, none can be in time
         if is_late:
+            # Where no choice is waited for, none can be in time: this one shows whether it would have been.
+            offered_at = stream.offered_at.pop(message.position, -math.inf)
+            stream.silent &= time.monotonic() - offered_at > stream.request.deadline_ms / 1000
             return
+        stream.silent = False
         try:
             stream.answer = self._delta(stream, message) if isinstance(message, Delta) else _choice(stream, message)
         except InvalidDelta as error:

@@ -143,7 +143,7 @@ class Admitted(Message, frozen=True):
 
 
 class Begin(Message, frozen=True):
-    """A stream starts, or starts again after preemption: the edge worker prefills both rows and answers Delta(position)."""
+    """A stream starts, or starts again after preemption: the edge worker prefills both rows and, in cloud fusion, answers."""
 
     stream: StreamId
     request: StreamId  # the client's request; its n > 1 children are streams of their own
