@@ -54,6 +54,8 @@ def in_a_thread(main: Callable[[asyncio.Event], Any]) -> Iterator[None]:
     finally:
         loop.call_soon_threadsafe(stop.set)
         thread.join(10)
+        if not thread.is_alive():
+            loop.close()
         if errors:
             raise errors[0]
 
