@@ -34,6 +34,7 @@ class Drawn:
     log_p: float  # nats, without the context: in the base policy, among the candidates
     log_q: float  # nats, as it was drawn
     strength: float  # c_T, or less for want of budget; 0: drawn without the context
+    log_pi: float  # nats, in the personalized policy, to which log_p compares
 
     @property
     def bits(self) -> float:
@@ -60,16 +61,18 @@ def draw(
         bits_left: what the token may tell at the most, whichever of them is drawn.
     """
     scores, delta = base.log_probs.astype(np.float64), delta.astype(np.float64)
-    log_p = _log_softmax(scores / (sampling.temperature if _is_random(sampling) else 1.0))
+    temperature = sampling.temperature if _is_random(sampling) else 1.0
+    log_p = _log_softmax(scores / temperature)
 
     def most_bits(c: float) -> float:
         log_q = sampler(scores + c * delta, sampling)
         return float(np.where(log_q > -np.inf, log_q - log_p, -np.inf).max()) / math.log(2)
 
     strength = _strength_within(bits_left, strength, most_bits)
-    log_q = sampler(scores + strength * delta, sampling)
+    personal = scores + strength * delta
+    log_q, log_pi = sampler(personal, sampling), _log_softmax(personal / temperature)
     chosen = _inverse_cdf(np.exp(log_q), uniform)
-    return Drawn(int(base.ids[chosen]), float(log_p[chosen]), float(log_q[chosen]), strength)
+    return Drawn(int(base.ids[chosen]), float(log_p[chosen]), float(log_q[chosen]), strength, float(log_pi[chosen]))
 
 
 def sampler(scores: LogProbs, sampling: Sampling) -> LogProbs:
