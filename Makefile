@@ -2,17 +2,24 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench train clean
+BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
+
+.PHONY: demo test check chromium bench train clean
 
 demo: .venv/installed  ## real vLLM, hub and edge workers on this machine, answers side by side and a score table
 	$(BIN)/costeer demo
 
-test: check  ## the whole suite, end-to-end tests on real vLLM included
+test: check chromium  ## the whole suite, end-to-end tests on real vLLM included
 	$(BIN)/pytest
 
 check: .venv/installed  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+chromium:  ## a browser, for the test of the device's page
+	@for name in $(BROWSERS); do if command -v $$name >/dev/null; then exit 0; fi; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && apt-get install -y -qq chromium; \
+	else echo "make: the tests need a browser: install chromium or google-chrome (none of $(BROWSERS) is on the PATH)" >&2; exit 1; fi
 
 bench: .venv/installed  ## tokens/s: plain, idle plugin, steered, the paper's serial loop
 	$(BIN)/costeer bench

@@ -34,7 +34,7 @@ class Books:
         """A choice is about to go out."""
         drawn = chooser.take_drawn()
         if drawn is not None:
-            self.traces.moved(choice.stream, drawn.token, math.exp(drawn.log_p), math.exp(drawn.log_q))
+            self.traces.moved(choice.stream, drawn.token, math.exp(drawn.log_p), math.exp(drawn.log_pi))
             self.traces.disclosed(choice.stream, chooser.bits, chooser.disclosure.max_bits)
 
     def detached(self) -> None:

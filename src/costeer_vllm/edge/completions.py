@@ -132,7 +132,7 @@ class Completions:
         reply, request = Reply(send, self._device.patience.client_s), Request(scope, receive)
         async with _failures_told(reply):
             with self._device.places(1), self._device.room() as take:
-                body = await _read_body(request, self._device.patience.client_s, take)
+                body = await read_body(request, self._device.patience.client_s, MAX_BODY_BYTES, take)
                 await first_of(self._answer(request.headers, body, reply), _gone(receive))
 
     async def _answer(self, headers: Mapping[str, str], body: bytes, reply: "Reply") -> None:
@@ -319,19 +319,21 @@ def _ref(contexts: PrivateContexts, context: str | None) -> Iterator[str]:
         contexts.forget(ref)
 
 
-async def _read_body(request: Request, patience_s: float, take: Callable[[int], None]) -> bytes:
-    """The body, for each part of which ``take`` takes room."""
+async def read_body(
+    request: Request, patience_s: float, most: int, take: Callable[[int], None] = lambda num_bytes: None
+) -> bytes:
+    """The JSON of a request, for each part of which ``take`` takes room; raises GatewayError if there are over ``most`` bytes."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise GatewayError(415, "bad_content_type", "the content-type must be application/json")
-    too_long = GatewayError(413, "too_long", f"the request is longer than {MAX_BODY_BYTES} bytes")
+    too_long = GatewayError(413, "too_long", f"the request is longer than {most} bytes")
     length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
+    if length.isdecimal() and int(length[:20]) > most:
         raise too_long
 
     async def read() -> bytes:
         body = bytearray()
         async for part in request.stream():
-            if len(body) + len(part) > MAX_BODY_BYTES:
+            if len(body) + len(part) > most:
                 raise too_long
             take(len(part))
             body += part

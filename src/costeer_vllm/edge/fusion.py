@@ -38,6 +38,7 @@ class Drawn:
     log_p: float  # nats, without the context: in the base policy, among the candidates
     log_q: float  # nats, as it was drawn
     log_r: float  # nats, as it was to be expected
+    log_pi: float  # nats, in the personalized policy before the sampler: what log_p becomes by the context
     is_cut: bool  # the sampler would have cut it off without the context
     strength: float  # c_T, or less for want of budget; 0: drawn without the context
 
@@ -68,7 +69,8 @@ def draw(
         share_cut: e, above 0.
     """
     scores, delta = base.log_probs.astype(np.float64), delta.astype(np.float64)
-    log_p = _log_softmax(scores / (sampling.temperature if _is_random(sampling) else 1.0))
+    temperature = sampling.temperature if _is_random(sampling) else 1.0
+    log_p = _log_softmax(scores / temperature)
 
     log_s = sampler(scores, sampling)
     log_r = np.logaddexp(log_s + _log(1 - share_cut), log_p + math.log(share_cut)) if _cuts(sampling) else log_p
@@ -78,10 +80,18 @@ def draw(
         return float(np.where(log_q > -np.inf, log_q - log_r, -np.inf).max()) / math.log(2)
 
     strength = _strength_within(bits_left, strength, most_bits)
-    log_q = sampler(scores + strength * delta, sampling)
+    personal = scores + strength * delta
+    log_q, log_pi = sampler(personal, sampling), _log_softmax(personal / temperature)
     chosen = _inverse_cdf(np.exp(log_q), uniform)
-    is_cut = bool(log_s[chosen] == -np.inf)
-    return Drawn(int(base.ids[chosen]), float(log_p[chosen]), float(log_q[chosen]), float(log_r[chosen]), is_cut, strength)
+    return Drawn(
+        token=int(base.ids[chosen]),
+        log_p=float(log_p[chosen]),
+        log_q=float(log_q[chosen]),
+        log_r=float(log_r[chosen]),
+        log_pi=float(log_pi[chosen]),
+        is_cut=bool(log_s[chosen] == -np.inf),
+        strength=strength,
+    )
 
 
 def sampler(scores: LogProbs, sampling: Sampling) -> LogProbs:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from costeer_vllm.edge.answers import UNREADABLE
 from costeer_vllm.edge.traces import Trace
 from costeer_vllm.errors import InvalidParameter
 from costeer_vllm.protocol.messages import Fusion
@@ -35,6 +36,22 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
     max_bits: float | None = None  # budget of the whole request
 
 
+def entry_of(trace: Trace, worker: str) -> Entry:
+    """What the ledger says of a stream."""
+    return Entry(
+        time=trace.ended or trace.began,
+        worker=worker,
+        request=trace.request,
+        fusion=trace.fusion,
+        strength=trace.strength,
+        tokens=max(trace.num_tokens, trace.num_before + len(trace.tokens)),
+        bytes_up=trace.bytes_up,
+        bytes_down=trace.bytes_down,
+        bits=trace.bits,
+        max_bits=trace.max_bits,
+    )
+
+
 class Ledger:
     """The file, as the worker writes it. A file that cannot be written is told once, and steering goes on."""
 
@@ -44,31 +61,27 @@ class Ledger:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._append(b"")
+            self._mend()
         except OSError as error:
             raise InvalidParameter("ledger", str(path), f"a file that can be written ({error.strerror})") from None
-        self.entries = read(path)  # for the page: the file's
+        self.entries = read(path)[-MAX_SHOWN:]  # for the page: the file's
 
     def add(self, trace: Trace) -> None:
         """A line for a stream that has ended."""
-        entry = Entry(
-            time=trace.ended or trace.began,
-            worker=self._worker,
-            request=trace.request,
-            fusion=trace.fusion,
-            strength=trace.strength,
-            tokens=trace.num_tokens,
-            bytes_up=trace.bytes_up,
-            bytes_down=trace.bytes_down,
-            bits=trace.bits,
-            max_bits=trace.max_bits,
-        )
-        self.entries = [*self.entries[-MAX_SHOWN:], entry]
+        entry = entry_of(trace, self._worker)
+        self.entries = [*self.entries[1 - MAX_SHOWN :], entry]
         try:
             self._append(msgspec.json.encode(entry) + b"\n")
         except OSError as error:
             if not self._has_failed:
                 log.error("the ledger %s cannot be written: %s", self._path, error.strerror)
             self._has_failed = True
+
+    def _mend(self) -> None:
+        """After a crash in the middle of a line the next one shall not be lost with it."""
+        content = self._path.read_bytes() if self._path.exists() else b""  # there is none after a rotation
+        if content and not content.endswith(b"\n"):
+            self._append(b"\n")
 
     def _append(self, line: bytes) -> None:
         file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -96,7 +109,7 @@ def read(path: Path) -> list[Entry]:
     for line in _lines(path):
         try:
             entries.append(decode(line))
-        except msgspec.DecodeError:  # torn by a crash
+        except UNREADABLE:  # torn by a crash
             continue
     return entries
 
@@ -104,7 +117,8 @@ def read(path: Path) -> list[Entry]:
 def _lines(path: Path) -> Iterable[bytes]:
     former = Path(f"{path}.1")
     try:
-        return [*(former.read_bytes().splitlines() if former.exists() else ()), *path.read_bytes().splitlines()]
+        older = former.read_bytes().splitlines() if former.exists() else []
+        return older if older and not path.exists() else [*older, *path.read_bytes().splitlines()]  # none after a rotation
     except OSError as error:
         allowed = f"the ledger of an edge worker on this device ({error.strerror})"
         raise InvalidParameter("ledger", str(path), allowed) from None

@@ -1,6 +1,7 @@
 """The ledger for people: a table, lines of JSON, a plot."""
 
 import datetime
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,9 +58,9 @@ def draw(entries: Sequence[Entry], path: Path) -> None:
     single.plot(times, bits, "o", color=BLUE, markersize=4)
     single.axhline(0, color=GRAY, linewidth=0.8)
     single.set_ylabel("bits told by an answer")
-    total.step(times, [sum(bits[: i + 1]) for i in range(len(bits))], where="post", color=ORANGE)
+    total.step(times, list(itertools.accumulate(bits)), where="post", color=ORANGE)
     total.set_ylabel("bits told in all")
-    total.set_ylim(bottom=min(0.0, *bits, 0.0))
+    total.set_ylim(bottom=min(0.0, *itertools.accumulate(bits), 0.0))
     figure.autofmt_xdate()
     figure.suptitle(f"What {len(told)} edge-fused answers can have told about the context", fontsize=11)
     figure.savefig(path)

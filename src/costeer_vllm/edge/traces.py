@@ -20,8 +20,8 @@ BROKEN = "\N{REPLACEMENT CHARACTER}"
 class Moved:
     """A token and how far the context moved it.
 
-    In edge fusion the probabilities are the base policy's and those it was drawn with; in cloud fusion, where this device never
-    sees the large model's, the small model's without and with the context.
+    In edge fusion the probabilities are the base policy's and the personalized policy's, at the temperature of the request
+    (greedy: 1); in cloud fusion, where this device never sees the large model's, the small model's without and with the context.
     """
 
     token: int
@@ -40,6 +40,7 @@ class Trace:
     strength: float
     began: float  # seconds since the epoch
     tokens: list[Moved] = field(default_factory=list)
+    num_before: int = 0  # tokens that it had when it began, after a preemption: they are in the former trace
     num_tokens: int = 0
     bytes_up: int = 0  # Delta and Choice frames
     bytes_down: int = 0  # Begin, Advance and Candidates frames
@@ -59,6 +60,11 @@ class Traces:
         self._open: dict[str, Trace] = {}
         self.decode: Callable[[list[int]], str] | None = None  # once the tokenizer is loaded
 
+    @property
+    def num_open(self) -> int:
+        """Streams that are not over."""
+        return len(self._open)
+
     def find(self, stream: str) -> Trace | None:
         """The newest trace of a stream."""
         return next((trace for trace in self if trace.stream == stream), None)
@@ -75,7 +81,8 @@ class Traces:
         if isinstance(message, Begin):
             former = self._end(message.stream, "preempted")
             fusion: Fusion = "cloud" if message.sampling is None else "edge"
-            trace = Trace(message.stream, message.request, fusion, message.strength, time.time(), num_tokens=len(message.tokens))
+            num = len(message.tokens)
+            trace = Trace(message.stream, message.request, fusion, message.strength, time.time(), num_before=num, num_tokens=num)
             self._open[message.stream] = trace
             self._newest.append(trace)
         elif (found := self._open.get(message.stream)) is None:
@@ -111,12 +118,19 @@ class Traces:
         return [trace for stream in list(self._open) if (trace := self._end(stream, "detached"))]
 
     def _text(self, trace: Trace, token: int) -> str:
-        """What the token adds to the text; nothing while it ends in the middle of a character."""
+        """What the token adds to the text; nothing while it ends in the middle of a character.
+
+        It is decoded together with the tokens since the last character's end, and these after those that made that character:
+        many tokenizers drop a space at the beginning of what they decode.
+        """
         if self.decode is None:
             return ""
-        before = [moved.token for moved in trace.tokens[-TOKENS_OF_A_CHARACTER:]]
-        former, text = self.decode(before), self.decode([*before, token])
-        return "" if text.endswith(BROKEN) else text[len(former.rstrip(BROKEN)) :]
+        after_last = _since_text(trace.tokens, len(trace.tokens))
+        before = [moved.token for moved in trace.tokens[_since_text(trace.tokens, after_last - 1) :]]
+        num_pending = len(trace.tokens) - after_last
+        former = self.decode(before[: len(before) - num_pending])
+        text = self.decode([*before, token])[len(former) :]
+        return "" if text.endswith(BROKEN) and num_pending < TOKENS_OF_A_CHARACTER - 1 else text
 
     def _end(
         self, stream: str, reason: EndReason, tokens_steered: int | None = None, tokens_missed: int | None = None
@@ -126,3 +140,11 @@ class Traces:
             trace.ended, trace.reason = time.time(), reason
             trace.tokens_steered, trace.tokens_missed = tokens_steered, tokens_missed
         return trace
+
+
+def _since_text(tokens: list[Moved], end: int) -> int:
+    """Where the tokens without a text begin that stand before ``end``."""
+    least = max(0, end - TOKENS_OF_A_CHARACTER)
+    while end > least and not tokens[end - 1].text:
+        end -= 1
+    return max(end, 0)
