@@ -83,7 +83,10 @@ def test_it_samples_as_it_is_asked_to(device: Device) -> None:
 
     assert ask(1) == ask(1)
     assert len({ask(seed) for seed in range(6)}) > 1
-    assert {ask(seed, top_p=1e-6) for seed in range(3)} == {text_of(device.chat(max_tokens=24))}
+    greedy = text_of(device.chat(max_tokens=24))
+    assert {ask(seed, extra_body={"min_p": 1.0}) for seed in range(3)} == {greedy}
+    if device.deployment.runner == "v1":  # Model Runner V2's kernel for top_k and top_p does not run under Triton's interpreter
+        assert {ask(seed, top_p=1e-6) for seed in range(3)} == {greedy}
     answer = device.chat(n=3, seed=3, max_tokens=24, temperature=1.5)
     assert len({choice.message.content for choice in answer.choices}) > 1
     assert answer.costeer["tokens_steered"] == answer.usage.completion_tokens
