@@ -118,7 +118,8 @@ def edge_worker(
     command = [sys.executable, "-m", "costeer_vllm.cli", "edge", "--hub", f"ws://{hub}", "--name", name]
     command += ["--model", str(model), *options]
     command += [] if context is None else ["--context", str(context)]
-    with running(command, folder / f"edge-{name}.log", {**_offline_if_local(model), **(environment or {})}) as edge:
+    variables = {**_offline_if_local(model), "XDG_STATE_HOME": str(folder)}  # the user's ledger is for the user's own answers
+    with running(command, folder / f"edge-{name}.log", {**variables, **(environment or {})}) as edge:
         if wait:
             wait_until(lambda: "attached as" in edge.log_text, edge, timeout_s)
         yield edge

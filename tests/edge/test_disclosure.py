@@ -114,14 +114,52 @@ def test_those_of_the_last_requests_are_remembered(monkeypatch: pytest.MonkeyPat
 
 def test_a_promise_holds_the_streams_of_its_request_while_it_lasts() -> None:
     found = Disclosures()
-    with found.promise("r1", Promise("edge", 4.0, "scope")):
+    with found.promise("r1", Promise("edge", 4.0, "scope")) as told:
         assert found.is_allowed("r1", "edge")
         assert not found.is_allowed("r1", "cloud")
         assert found.is_allowed("other", "cloud")
         assert found.is_allowed(None, "cloud")
-        assert found.of("a", "r1", 9.0).max_bits == 4.0
+        assert found.of("a", "r1", 9.0) is found.of("b", "r1") is told, "whatever the server calls the request"
+        assert told.max_bits == 4.0
         assert (found.scope("r1"), found.scope("other"), found.scope(None)) == ("scope", "other", None)
-        found.of("a", "r1").draw(BASE, DELTA, 1.0, Sampling(), 0.9)
-        assert found.bits("r1") == found.of("a", "r1").bits != 0
-    assert found.is_allowed("r1", "cloud")
-    assert found.of("a", "r1", 9.0).max_bits == 4.0, "a budget that was promised stays"
+        for i in range(disclosure.MAX_REMEMBERED + 1):
+            found.of(f"other {i}", None)
+        assert found.of("a", "r1", 2.0) is told
+        assert told.max_bits == 2.0
+        assert not told.is_over
+    assert told.is_over
+    assert found.of("a", "r1") is not told
+
+
+def test_a_request_with_open_streams_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disclosure, "MAX_REMEMBERED", 3)
+    found = Disclosures()
+    told = found.of("a", None)
+    told.begun()
+    for name in "bcdef":
+        found.of(name, None)
+    assert found.of("a", None) is told
+    assert len(found._by_request) == 3
+    told.ended(for_good=True)
+    for name in "ghi":
+        found.of(name, None)
+    assert found.of("a", None) is not told
+
+
+def test_choices_are_forgotten_when_a_request_is_over_for_good() -> None:
+    told = Disclosure()
+    for for_good, kept in ((False, {b"question": 7}), (True, {})):
+        told.choices[b"question"] = 7
+        told.begun()
+        told.begun()
+        told.ended(for_good)
+        assert told.choices == {b"question": 7}
+        told.ended(for_good)
+        assert (told.choices, told.num_over) == (kept, int(for_good))
+
+
+def test_of_the_tokens_only_the_newest_are_kept() -> None:
+    told = Disclosure()
+    for _ in range(disclosure.MAX_DRAWN_KEPT + 5):
+        told.draw(BASE, DELTA, 1.0, Sampling(), 0.9)
+    assert (len(told.drawn), told.num_drawn) == (disclosure.MAX_DRAWN_KEPT, disclosure.MAX_DRAWN_KEPT + 5)

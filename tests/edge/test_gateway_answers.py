@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from costeer_vllm.edge import answers
 from costeer_vllm.edge.accounts import Account
 from costeer_vllm.edge.answers import Events, GatewayError, costeer_event, costeer_object, is_done, with_costeer
+from costeer_vllm.edge.disclosure import Disclosure
 from costeer_vllm.request import parse_options
 
 LINES = st.sampled_from([b"", b"data: {}", b"data: [DONE]", b"data:x", b": hm", b"event: error", b"id", b"data", b"\xff\xfe"])
@@ -146,7 +147,7 @@ def test_what_is_no_object_stays_as_it_is(answer: bytes) -> None:
     ],
 )
 def test_counts_are_those_of_all_tokens_or_null_with_a_note(account: Account, counts: tuple[Any, Any], note: str | None) -> None:
-    found = costeer_object(account, "laptop", parse_options({"strength": 1.5}), 0.0)
+    found = costeer_object(account, "laptop", parse_options({"strength": 1.5}), Disclosure())
     assert (found["tokens_steered"], found["tokens_missed"]) == counts
     assert (found["worker"], found["fusion"], found["strength"]) == ("laptop", "cloud", 1.5)
     assert (note in found["note"]) if note else ("note" not in found)
@@ -156,5 +157,9 @@ def test_counts_are_those_of_all_tokens_or_null_with_a_note(account: Account, co
 
 def test_what_an_edge_fused_answer_told_is_told() -> None:
     account = Account(1, num_over=1, tokens_steered=5, num_answers=5)
-    found = costeer_object(account, "laptop", parse_options({"fusion": "edge", "max_bits": 20}), 3.14159)
-    assert (found["fusion"], found["disclosed_bits"], found["max_bits"]) == ("edge", 3.142, 20)
+    disclosure = Disclosure(max_bits=4.0, bits=3.14159)  # the device's own budget is less than what the app asked for
+    found = costeer_object(account, "laptop", parse_options({"fusion": "edge", "max_bits": 20}), disclosure)
+    assert (found["fusion"], found["disclosed_bits"], found["max_bits"]) == ("edge", 3.142, 4.0)
+    assert "note" not in found
+    disclosure.has_no_room = True
+    assert "did not fit" in costeer_object(account, "laptop", parse_options({"fusion": "edge"}), disclosure)["note"]

@@ -295,6 +295,7 @@ def test_nothing_private_is_shown_but_the_tokens_of_answers(tmp_path: Path) -> N
             at.books.ledger = Ledger(tmp_path / "ledger.jsonl", "laptop")
             ref = at.contexts.register("My sister is Petronella.")
             at.books.received(begin("x", Query(prompt="What a question", ref=ref)), 100)
+            at.books.sent(Delta("x", 0, 0, b""), 1)
             at.books.traces.moved("x", 1, 0.5, 0.5)
             at.books.received(End("x", "failed", "Petronella", 0, 0), 10)
             answers = [await browser.get(path) for path in ("/", *ROUTES)]
@@ -324,6 +325,7 @@ def test_characters_of_several_tokens_appear_with_the_last_of_them(text: str) ->
     traces = Traces()
     traces.decode = Bytes.decode
     traces.received(begin("x"), 1)
+    traces.sent(Delta("x", 0, 0, b""), 1)
     for byte in text.encode():
         traces.moved("x", byte, 0.5, 0.5)
     trace = traces.find("x")
@@ -338,6 +340,7 @@ def test_what_is_no_character_is_shown_at_last() -> None:
     traces = Traces()
     traces.decode = Bytes.decode
     traces.received(begin("x"), 1)
+    traces.sent(Delta("x", 0, 0, b""), 1)
     for byte in b"a" + b"\xff" * 20 + b"b":
         traces.moved("x", byte, 0.5, 0.5)
     trace = traces.find("x")
@@ -350,6 +353,7 @@ def test_spaces_that_a_tokenizer_drops_at_the_beginning_are_kept_inside() -> Non
     words = ["", " one", " two", " ", " three"]
     traces.decode = lambda ids: "".join(words[token] for token in ids).removeprefix(" ")
     traces.received(begin("x"), 1)
+    traces.sent(Delta("x", 0, 0, b""), 1)
     for token in (1, 2, 3, 4):
         traces.moved("x", token, 0.5, 0.5)
     trace = traces.find("x")
@@ -360,6 +364,7 @@ def test_spaces_that_a_tokenizer_drops_at_the_beginning_are_kept_inside() -> Non
 def test_text_before_the_tokenizer_is_loaded_is_none() -> None:
     traces = Traces()
     traces.received(begin("x"), 1)
+    traces.sent(Delta("x", 0, 0, b""), 1)
     traces.moved("x", 1, 0.5, 0.5)
     found = traces.find("x")
     assert found is not None
@@ -370,12 +375,18 @@ def test_traces_are_bounded() -> None:
     traces = Traces()
     for i in range(3 * MAX_TRACES):
         traces.received(begin(f"s{i}"), 1)
+        traces.sent(Delta(f"s{i}", 0, 0, b""), 1)
         traces.received(End(f"s{i}", "finished"), 1)
         traces.moved(f"s{i}", 1, 0.5, 0.5)  # too late
     assert [trace.stream for trace in traces] == [f"s{i}" for i in reversed(range(2 * MAX_TRACES, 3 * MAX_TRACES))]
     assert traces.num_open == 0
     assert all(not trace.tokens for trace in traces)
+    for i in range(2 * MAX_TRACES):  # refused, mostly: they shall not fill the books
+        traces.received(begin(f"nothing for {i}"), 1)
+        assert traces.sent(End(f"nothing for {i}", "refused"), 1) is None
+    assert len(list(traces)) == MAX_TRACES
     traces.received(begin("long"), 1)
+    traces.sent(Delta("long", 0, 0, b""), 1)
     for _ in range(MAX_TOKENS + 10):
         traces.moved("long", 1, 0.5, 0.5)
     trace = traces.find("long")
@@ -386,16 +397,20 @@ def test_traces_are_bounded() -> None:
 def test_a_stream_that_begins_again_is_another_trace() -> None:
     traces = Traces()
     assert traces.received(begin("x"), 1) is None
+    traces.sent(Delta("x", 0, 0, b""), 1)
     former = traces.received(begin("x", tokens=[1, 2, 3]), 1)
     assert former is not None
     assert (former.reason, former.num_before) == ("preempted", 0)
+    traces.sent(Delta("x", 3, 0, b""), 1)
     again = traces.find("x")
     assert again is not None
     assert again is not former
     assert (again.ended, again.num_before, again.num_tokens) == (None, 3, 3)
     assert [trace.reason for trace in traces.detached()] == ["detached"]
     assert traces.detached() == []
-    refused = traces.received(begin("y"), 1) or traces.sent(End("y", "refused"), 1)
+    traces.received(begin("y"), 1)
+    traces.sent(Delta("y", 0, 0, b""), 1)
+    refused = traces.sent(End("y", "refused"), 1)
     assert refused is not None
     assert refused.reason == "refused"
 
@@ -537,6 +552,7 @@ def test_numbers_that_are_none_do_not_break_the_page(tmp_path: Path) -> None:
     async def main() -> None:
         async with device(tmp_path) as at, page(at) as browser:
             at.books.received(begin("x", Query(prompt="Hi")), 1)
+            at.books.sent(Delta("x", 0, 0, b""), 1)
             at.books.traces.moved("x", 1, 0.0, math.nan)
             found = (await browser.get("/costeer/answers/x")).json()["tokens"][0]
             assert (found["plain"], found["personal"]) == (0.0, None)

@@ -4,11 +4,12 @@ import math
 import random
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
-from costeer_vllm.edge.disclosure import Disclosures
-from costeer_vllm.edge.streams import Answer, Order, Streams
+from costeer_vllm.edge.disclosure import Disclosures, Promise
+from costeer_vllm.edge.streams import OVER, Answer, Order, Streams
 from costeer_vllm.protocol import keys
 from costeer_vllm.protocol.messages import Advance, Candidates, Choice, Delta, End, Query, Sampling
 from costeer_vllm.protocol.stream import extend_hash
@@ -359,3 +360,22 @@ def test_two_devices_choose_differently_with_the_same_seed_and_one_device_the_sa
     first = tokens(one, "a")
     assert tokens(one, "b") == first
     assert tokens(other, "a") != first
+
+
+def test_when_the_app_has_its_answer_its_streams_get_no_more() -> None:
+    disclosures = Disclosures()
+    streams = make(disclosures=disclosures)
+    with disclosures.promise("edge", Promise("edge")), disclosures.promise("cloud", Promise("cloud")):
+        asked = msgspec.structs.replace(QUERY, ref="edge")
+        serial = edge_fused(streams, "a", query=asked)
+        refused = streams.feed(begin("c", asked), 0.0)
+        assert refused == End("c", "refused", "this edge worker does not consent to cloud fusion")
+        assert streams.feed(begin("b", msgspec.structs.replace(QUERY, ref="cloud")), 0.0) is None
+        (order,), _ = streams.take_orders()
+        streams.feed(candidates("a", [], BASE), 0.0)
+        assert streams.answered(answer(serial, [])) == Choice("a", 0, 0, 5)
+        assert streams.feed(advance("a", [5]), 0.0) is None
+        streams.take_orders()
+    assert streams.feed(candidates("a", [5], BASE), 0.0) == End("a", "refused", OVER)
+    assert streams.answered(Answer(order.serial, 0, 0, b"delta")) == End("b", "refused", OVER)
+    assert len(streams) == 0

@@ -782,3 +782,25 @@ def test_a_tokenizer_without_a_template_needs_one(settings: EdgeSettings, tmp_pa
             assert isinstance(await link.ask(begin("s")), Delta)
 
     run(main())
+
+
+@pytest.mark.parametrize("room", [0, 3])
+def test_a_context_without_room_is_not_told_by_a_refusal(settings: EdgeSettings, twin: Twin, room: int) -> None:
+    """Edge fusion: the row with context reaches the last position first. The server sees the row without it only."""
+    most = 2048
+    context = Surround(f"{CONTEXT}\n\n")
+    more = len(prompts(Query(prompt_ids=[7]), context, twin.tokenizer)[0]) - 1  # ids of the context
+    query = Query(prompt_ids=[7] * (most - room + 1 - more))
+
+    async def main() -> None:
+        async with attached(settings) as (_, link, worker):
+            generated = await generate(link, "s", GREEDY, query=query)
+            with_context = [greedy_reference(twin, generated[:i], query) for i in range(room)]
+            plain = [max((t for t in base_policy(i) if t < VOCAB), key=base_policy(i).__getitem__) for i in range(room, 6)]
+            assert generated == with_context + plain
+            assert worker._books.disclosures.of("s", None).has_no_room
+            refused = await link.ask(begin("t", Query(prompt_ids=[7] * most), sampling=GREEDY))
+            assert isinstance(refused, End)
+            assert refused.reason == "refused"
+
+    run(main())

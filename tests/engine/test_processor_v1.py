@@ -813,3 +813,21 @@ def test_a_thinking_budget_that_would_overrule_choices_is_refused() -> None:
         else:
             with pytest.raises(InvalidParameter, match="thinking_token_budget is 5"):
                 CoSteerLogitsProcessor.validate_params(wanted)
+
+
+def test_when_candidates_cannot_be_shown_the_ranks_stay_in_step(
+    processor: CoSteerLogitsProcessor, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    agreed: list[int] = []
+
+    def out_of_memory(*args: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("costeer_vllm.engine.processor.base_policies", out_of_memory)
+    monkeypatch.setattr(processor._ranks, "agree", lambda table, streams: agreed.append(len(streams)))
+    processor.update_state(update(add=[added(0, params("edge", **EDGE), []), added(1, params("cloud"), [])]))
+    difference = steer(processor, 2)
+    assert torch.equal(difference[0], torch.zeros(VOCAB))
+    assert_steered(difference[1], [])
+    assert agreed == [2]
+    assert "candidates cannot be shown" in log.text

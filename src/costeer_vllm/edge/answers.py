@@ -7,9 +7,11 @@ from typing import Any
 import msgspec
 
 from costeer_vllm.edge.accounts import Account
+from costeer_vllm.edge.disclosure import Disclosure
 from costeer_vllm.errors import CoSteerError
 from costeer_vllm.request import Options
 
+NO_ROOM = "the private context did not fit into the small model's positions, or not to the end: what follows is plain"
 MAX_EVENT_BYTES = 16 * 2**20
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what msgspec raises for bytes that are no JSON
 
@@ -41,8 +43,8 @@ class GatewayError(CoSteerError):
 # --- the costeer object ---
 
 
-def costeer_object(account: Account, worker: str, options: Options, bits: float) -> dict[str, Any]:
-    """What an answer says of its own steering; counts that nobody told are null. ``bits``: told so far, in edge fusion."""
+def costeer_object(account: Account, worker: str, options: Options, disclosure: Disclosure) -> dict[str, Any]:
+    """What an answer says of its own steering; counts that nobody told are null."""
     found = {
         "worker": worker,
         "fusion": options.fusion,
@@ -51,13 +53,13 @@ def costeer_object(account: Account, worker: str, options: Options, bits: float)
         "tokens_missed": account.tokens_missed if account.is_complete else None,
         "bytes_up": account.bytes_up,
         "bytes_down": account.bytes_down,
-        "disclosed_bits": round(bits, 3) if options.fusion == "edge" else None,
+        "disclosed_bits": round(disclosure.bits, 3) if options.fusion == "edge" else None,
     }
-    if options.max_bits is not None:
-        found["max_bits"] = options.max_bits
+    if disclosure.max_bits is not None:
+        found["max_bits"] = disclosure.max_bits
     if account.num_answers == 0:  # then it is certain, whoever tells
         found["tokens_steered"] = 0
-    note = _note(account)
+    note = _note(account) or (NO_ROOM if disclosure.has_no_room else None)
     return {**found, "note": note} if note else found
 
 

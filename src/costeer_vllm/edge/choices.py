@@ -111,9 +111,12 @@ def chooser(begin: Begin, disclosures: Disclosures, secret: bytes) -> Chooser:
     if sampling.max_bits is not None:
         _check("max_bits", sampling.max_bits, 0, math.inf)
     disclosure = disclosures.of(begin.request, begin.query.ref, sampling.max_bits)  # a budget that is no number must not reach it
-    origin = f"stream {begin.stream}" if sampling.seed is None else f"seed {sampling.seed}"
+    own = f"stream {begin.stream} of {begin.request}, {disclosure.num_over} times over"
+    origin = own if sampling.seed is None else f"seed {sampling.seed}"
     query = msgspec.structs.replace(begin.query, ref=disclosures.scope(begin.query.ref))
-    asked = origin, query, begin.strength, msgspec.structs.replace(sampling, max_bits=None)
+    # By a seed other requests may draw, too, and within other budgets; without one a stream may begin again within less.
+    by = msgspec.structs.replace(sampling, max_bits=None) if sampling.seed is None else sampling
+    asked = origin, query, begin.strength, by
     return Chooser(begin.stream, begin.strength, sampling, disclosure, hmac.digest(secret, encode(asked), hashlib.sha256))
 
 

@@ -31,7 +31,7 @@ from costeer_vllm.edge.answers import (
 )
 from costeer_vllm.edge.asks import ALIAS_SUFFIX, Ask, parse_ask
 from costeer_vllm.edge.context import ContextRefused, PrivateContexts
-from costeer_vllm.edge.disclosure import Disclosures, Promise
+from costeer_vllm.edge.disclosure import Disclosure, Disclosures, Promise
 from costeer_vllm.edge.tasks import first_of
 from costeer_vllm.edge.upstream import Patience, Upstream, passed_down
 from costeer_vllm.errors import InvalidParameter
@@ -158,15 +158,15 @@ class Completions:
         with contextlib.ExitStack() as stack:
             stack.enter_context(device.places(ask.num_streams - 1))
             ref = stack.enter_context(_ref(contexts, ask.context))
-            stack.enter_context(device.disclosures.promise(ref, promise))
+            disclosure = stack.enter_context(device.disclosures.promise(ref, promise))
             account = stack.enter_context(device.accounts.account(ref, ask.num_streams))
             body = ask.steered(device.worker, device.steering_key, ref)
-            costeer = functools.partial(self._costeer, account, ref, options)
+            costeer = functools.partial(self._costeer, account, disclosure, options)
             return await first_of(self._relay(headers, body, reply, costeer), self._abandoned(account, reply))
 
-    async def _costeer(self, account: Account, ref: str, options: Options) -> dict[str, Any]:
+    async def _costeer(self, account: Account, disclosure: Disclosure, options: Options) -> dict[str, Any]:
         await account.settle(self._device.patience.counts_s)
-        return costeer_object(account, self._device.worker, options, self._device.disclosures.bits(ref))
+        return costeer_object(account, self._device.worker, options, disclosure)
 
     async def _abandoned(self, account: Account, reply: "Reply") -> None:
         """Raises GatewayError if nobody is left to go on with the answer, never returns.

@@ -19,7 +19,7 @@ from costeer_vllm.edge.retrieval import Retriever
 from costeer_vllm.edge.settings import Encoding
 from costeer_vllm.edge.small_model import STEP_TOKENS, Pair, SmallModel, TooLong
 from costeer_vllm.edge.store import ContextUnreadable
-from costeer_vllm.edge.streams import Answer, Failure, Order, Read, Result
+from costeer_vllm.edge.streams import Answer, Failure, NoRoom, Order, Read, Result
 from costeer_vllm.protocol.messages import EndReason
 
 NO_CONTEXT = "the edge worker does not have, or cannot read any more, the private context that is asked for"
@@ -40,7 +40,10 @@ class Evaluator:
         contexts: PrivateContexts,
         encoding: Encoding,
         retriever: Retriever,
+        tells_reads: bool = False,
     ) -> None:
+        """``tells_reads``: whether somebody wants to know what the small model thought of each token."""
+        self._tells_reads = tells_reads
         self._model, self._tokenizer, self._template = model, tokenizer, template
         self._contexts, self._encoding, self._retriever = contexts, encoding, retriever
         self._pairs: dict[int, Pair] = {}
@@ -69,7 +72,7 @@ class Evaluator:
         for serial in closed:
             self._close(serial)
         results: list[Result] = [read for order in orders if (read := self._read(order))]
-        results += [failure for order in orders if (failure := self._take(order))]
+        results += [told for order in orders if (told := self._take(order))]
         short = [serial for serial in self._asked if _is_short(self._pairs[serial])]
         long = next((serial for serial in self._asked if not _is_short(self._pairs[serial])), None)
         if long is not None and (self._prefill_next or not short):
@@ -78,20 +81,28 @@ class Evaluator:
         self._prefill_next = True
         return results + (self._guarded(self._step, short) if short else [])
 
-    def _take(self, order: Order) -> Failure | None:
-        if order.query is not None:
-            failure = self._open(order)
-            if failure:
-                return failure
+    def _take(self, order: Order) -> Failure | NoRoom | None:
+        told = self._open(order) if order.query is not None else None
         pair = self._pairs.get(order.serial)
-        if pair is None:  # given up in the meantime; its Failure is on the way
-            return None
+        if pair is None:  # it cannot be opened, or was given up in the meantime; its Failure is on the way
+            return told
         pair.rewrite(order.keep, order.tokens)
         limit = self._model.max_positions
-        if pair.length > limit:
+        if pair.length > limit and order.fusion == "edge" and len(pair.without_context.ids) <= limit:
+            told = self._do_without(order.serial, pair)
+        elif pair.length > limit:
             return self._give_up(order.serial, "refused", f"the stream is longer than the small model's {limit} positions")
         self._asked[order.serial] = order
-        return None
+        return told
+
+    def _do_without(self, serial: int, pair: Pair) -> NoRoom:
+        """Go on with two rows without context: in edge fusion a refusal would tell how long the context is, uncounted."""
+        ids, num_generated = pair.without_context.ids, pair.num_generated
+        prompt, generated = ids[: len(ids) - num_generated], ids[len(ids) - num_generated :]
+        self._model.discard(pair)
+        self._pairs[serial] = again = self._model.open(prompt, prompt)
+        again.rewrite(0, generated)
+        return NoRoom(serial)
 
     def _read(self, order: Order) -> Read | None:
         """What the small model thought of the token that was chosen at the position it answered last."""
@@ -101,11 +112,14 @@ class Evaluator:
         token = order.tokens[0]
         return Read(order.serial, token, math.exp(without_context[token]), math.exp(with_context[token]))
 
-    def _open(self, order: Order) -> Failure | None:
+    def _open(self, order: Order) -> Failure | NoRoom | None:
         assert order.query is not None
         try:
             context = self._contexts.around(order.query.ref, order.query, self._retriever)
             with_ids, without_ids = prompts(order.query, context, self._tokenizer, self._template)
+            if order.fusion == "edge" and len(with_ids) >= self._model.max_positions > len(without_ids):  # see _do_without
+                self._pairs[order.serial] = self._model.open(without_ids, without_ids)
+                return NoRoom(order.serial)
             self._pairs[order.serial] = self._model.open(with_ids, without_ids)
         except TooLong as error:
             return Failure(order.serial, "refused", str(error))
@@ -114,7 +128,7 @@ class Evaluator:
             return Failure(order.serial, "failed", NO_CONTEXT)
         except ChoosingFailed as error:
             log.error("stream %d: %s", order.serial, error)
-            return Failure(order.serial, "failed", "the edge worker cannot choose from its private context")
+            return Failure(order.serial, "failed", NO_CONTEXT)
         except RenderingFailed as error:
             log.error("stream %d: %s", order.serial, error)
             return Failure(order.serial, "failed", "the edge worker cannot turn the query into a prompt of its small model")
@@ -153,8 +167,8 @@ class Evaluator:
         if np.isnan(with_context.sum()) or np.isnan(without_context.sum()):
             return self._give_up(serial, "failed", "the small model of the edge worker gives no numbers")
         order = self._asked.pop(serial)
-        if order.fusion == "cloud":
-            self._last[serial] = order.position, with_context, without_context
+        if order.fusion == "cloud" and self._tells_reads:  # copies, for a row keeps the whole batch
+            self._last[serial] = order.position, with_context.copy(), without_context.copy()
         return Answer(serial, order.position, order.prefix_hash, self._delta(order, with_context, without_context))
 
     def _delta(self, order: Order, with_context: LogProbs, without_context: LogProbs) -> bytes | LogProbs:

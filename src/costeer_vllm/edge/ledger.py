@@ -63,7 +63,9 @@ class Ledger:
             self._append(b"")
             self._mend()
         except OSError as error:
-            raise InvalidParameter("ledger", str(path), f"a file that can be written ({error.strerror})") from None
+            raise InvalidParameter(
+                "ledger", str(path), f"a file that can be written ({error.strerror}), or --no-ledger"
+            ) from None
         self.entries = read(path)[-MAX_SHOWN:]  # for the page: the file's
 
     def add(self, trace: Trace) -> None:

@@ -15,11 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from costeer_vllm.edge.choices import Chooser, chooser
-from costeer_vllm.edge.disclosure import Disclosures
+from costeer_vllm.edge.disclosure import Disclosure, Disclosures
 from costeer_vllm.errors import InvalidCandidates, InvalidParameter
 from costeer_vllm.protocol import keys
 from costeer_vllm.protocol.messages import Advance, Begin, Candidates, Choice, Delta, End, EndReason, Fusion, Query
 from costeer_vllm.protocol.stream import extend_hash
+
+OVER = "the app that asked has its answer, or does not want it any more"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,14 @@ class Read:
     with_context: float
 
 
-Result: TypeAlias = Answer | Read | Failure
+@dataclass(frozen=True, slots=True)
+class NoRoom:
+    """Edge fusion: from here on a stream does without the private context, for which there are no positions left."""
+
+    serial: int
+
+
+Result: TypeAlias = Answer | Read | NoRoom | Failure
 
 
 @dataclass(slots=True)
@@ -72,6 +81,7 @@ class _Stream:
     name: str
     serial: int  # never used twice, unlike the name
     query: Query | None  # None once it is ordered
+    disclosure: Disclosure
     chooser: Chooser | None  # None: cloud fusion
     seen: float  # last frame
     tokens: list[int] = field(default_factory=list)  # generated
@@ -121,7 +131,7 @@ class Streams:
             case Candidates():
                 return self._offer(message, now)
             case End():
-                self._close(message.stream)
+                self._close(message.stream, for_good=True)
         return None
 
     def take_orders(self) -> tuple[list[Order], list[int]]:
@@ -141,6 +151,8 @@ class Streams:
         stream = self._by_serial.get(answer.serial)
         if stream is None or answer.serial in self._asked or not _stands_at(stream, answer.position, answer.prefix_hash):
             return None
+        if stream.disclosure.is_over:
+            return self._end(stream.name, "refused", OVER)
         if isinstance(answer.delta, bytes):
             return Delta(stream.name, answer.position, answer.prefix_hash, answer.delta)
         assert stream.chooser is not None
@@ -153,6 +165,11 @@ class Streams:
         """The name of an open stream."""
         stream = self._by_serial.get(serial)
         return None if stream is None else stream.name
+
+    def no_room(self, serial: int) -> None:
+        """A stream does without the private context from here on; its app is told."""
+        if (stream := self._by_serial.get(serial)) is not None:
+            stream.disclosure.has_no_room = True
 
     def chooser_of(self, name: str) -> Chooser | None:
         """What chooses for an open edge-fused stream."""
@@ -172,10 +189,10 @@ class Streams:
     def clear(self) -> None:
         """The attachment is gone, and so are its streams."""
         for name in list(self._by_name):
-            self._close(name)
+            self._close(name, for_good=False)
 
     def _begin(self, begin: Begin, now: float) -> End | None:
-        self._close(begin.stream)  # begun again after a preemption
+        self._close(begin.stream, for_good=False)  # begun again
         if begin.worker != self._worker:
             return End(begin.stream, "failed", f"this edge worker is named {self._worker}")
         if self._digest is not None and not keys.same(begin.grant, keys.grant(self._digest, self._worker, begin.query)):
@@ -194,7 +211,9 @@ class Streams:
         except InvalidParameter as error:
             return End(begin.stream, "failed", str(error))
         self._last_serial += 1
-        stream = _Stream(begin.stream, self._last_serial, begin.query, chooses, now)
+        disclosure = chooses.disclosure if chooses else self._disclosures.of(begin.request, begin.query.ref)
+        disclosure.begun()
+        stream = _Stream(begin.stream, self._last_serial, begin.query, disclosure, chooses, now)
         _append(stream, begin.tokens)
         self._by_name[stream.name] = self._by_serial[stream.serial] = self._asked[stream.serial] = stream
         return None
@@ -233,6 +252,8 @@ class Streams:
             return self._end(stream.name, "failed", "candidates came for a stream that is fused in the cloud")
         if not _stands_at(stream, candidates.position, candidates.prefix_hash):
             return None  # late
+        if stream.disclosure.is_over:
+            return self._end(stream.name, "refused", OVER)
         stream.seen = now
         try:
             return stream.chooser.offered(candidates)
@@ -247,13 +268,14 @@ class Streams:
         return f"a token id is outside the small model's {self._num_tokens}"
 
     def _end(self, name: str, reason: EndReason, sentence: str) -> End:
-        self._close(name)
+        self._close(name, for_good=True)
         return End(name, reason, sentence)
 
-    def _close(self, name: str) -> None:
+    def _close(self, name: str, for_good: bool) -> None:
         stream = self._by_name.pop(name, None)
         if stream is None:
             return
+        stream.disclosure.ended(for_good)
         del self._by_serial[stream.serial]
         self._asked.pop(stream.serial, None)
         if stream.query is None:  # the evaluator knows it

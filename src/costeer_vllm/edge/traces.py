@@ -53,7 +53,7 @@ class Trace:
 
 
 class Traces:
-    """The newest streams, open and ended."""
+    """The newest streams for which something left this device, open and ended."""
 
     def __init__(self) -> None:
         self._newest: deque[Trace] = deque(maxlen=MAX_TRACES)
@@ -83,8 +83,9 @@ class Traces:
             fusion: Fusion = "cloud" if message.sampling is None else "edge"
             num = len(message.tokens)
             trace = Trace(message.stream, message.request, fusion, message.strength, time.time(), num_before=num, num_tokens=num)
+            if message.sampling is not None:
+                trace.bits, trace.max_bits = 0.0, message.sampling.max_bits
             self._open[message.stream] = trace
-            self._newest.append(trace)
         elif (found := self._open.get(message.stream)) is None:
             return None
         else:
@@ -99,6 +100,8 @@ class Traces:
         if isinstance(message, End):
             return self._end(message.stream, message.reason)
         if (trace := self._open.get(message.stream)) is not None:
+            if not trace.bytes_up:  # refused ones, for which nothing leaves, shall not drive out others
+                self._newest.append(trace)
             trace.bytes_up += num_bytes
         return None
 
@@ -123,23 +126,28 @@ class Traces:
         It is decoded together with the tokens since the last character's end, and these after those that made that character:
         many tokenizers drop a space at the beginning of what they decode.
         """
-        if self.decode is None:
+        try:
+            return "" if self.decode is None else self._decoded(self.decode, trace, token)
+        except Exception:  # a tokenizer without a text for an id that its model has
             return ""
+
+    def _decoded(self, decode: Callable[[list[int]], str], trace: Trace, token: int) -> str:
         after_last = _since_text(trace.tokens, len(trace.tokens))
         before = [moved.token for moved in trace.tokens[_since_text(trace.tokens, after_last - 1) :]]
         num_pending = len(trace.tokens) - after_last
-        former = self.decode(before[: len(before) - num_pending])
-        text = self.decode([*before, token])[len(former) :]
+        former = decode(before[: len(before) - num_pending])
+        text = decode([*before, token])[len(former) :]
         return "" if text.endswith(BROKEN) and num_pending < TOKENS_OF_A_CHARACTER - 1 else text
 
     def _end(
         self, stream: str, reason: EndReason, tokens_steered: int | None = None, tokens_missed: int | None = None
     ) -> Trace | None:
         trace = self._open.pop(stream, None)
-        if trace is not None:
-            trace.ended, trace.reason = time.time(), reason
-            trace.tokens_steered, trace.tokens_missed = tokens_steered, tokens_missed
-        return trace
+        if trace is None:
+            return None
+        trace.ended, trace.reason = time.time(), reason
+        trace.tokens_steered, trace.tokens_missed = tokens_steered, tokens_missed
+        return trace if trace.bytes_up else None
 
 
 def _since_text(tokens: list[Moved], end: int) -> int:

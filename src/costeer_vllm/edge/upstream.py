@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+import anyio
 import httpx
 
 from costeer_vllm import __version__
@@ -88,12 +89,14 @@ class Upstream:
 
     async def listens(self) -> bool:
         """Whether the server takes connections."""
-        try:
-            await self._client.get(f"{self.server}/models", headers={"connection": "close"}, timeout=PROBE_S)
-        except httpx.ConnectError:
-            return False
-        except httpx.HTTPError:
-            pass
+        request = self._client.build_request("GET", f"{self.server}/models", headers={"connection": "close"})
+        with anyio.move_on_after(PROBE_S):
+            try:
+                await (await self._client.send(request, stream=True)).aclose()  # its head is enough
+            except httpx.ConnectError:
+                return False
+            except httpx.HTTPError:
+                pass
         return True
 
     @contextlib.contextmanager

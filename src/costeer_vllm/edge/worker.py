@@ -30,7 +30,7 @@ from costeer_vllm.edge.ledger import Ledger
 from costeer_vllm.edge.loading import load
 from costeer_vllm.edge.prompts import where
 from costeer_vllm.edge.settings import EdgeSettings, attach_url
-from costeer_vllm.edge.streams import Answer, Failure, Read, Result, Streams
+from costeer_vllm.edge.streams import Answer, Failure, NoRoom, Read, Result, Streams
 from costeer_vllm.edge.tasks import first_of
 from costeer_vllm.errors import CoSteerError, HubUnavailable, RemoteProtocolError
 from costeer_vllm.protocol import keys
@@ -137,7 +137,8 @@ class EdgeWorker:
         settings = self._settings
         loaded = await self._in_thread(lambda: load(settings))
         self._evaluator, self._contexts = loaded.evaluator, loaded.contexts
-        self._books.traces.decode = loaded.decode
+        if settings.gateway is not None:  # somebody may look
+            self._books.traces.decode = loaded.decode
         self._streams = Streams(
             settings.name,
             loaded.num_tokens,
@@ -289,6 +290,9 @@ class EdgeWorker:
                 await self._send_if_any(websocket, self._streams.answered(result))
             case Read(serial, token, without_context, with_context):
                 self._books.traces.moved(self._streams.name_of(serial) or "", token, without_context, with_context)
+            case NoRoom(serial):
+                log.warning("stream %d: the private context does not fit into the small model's positions", serial)
+                self._streams.no_room(serial)
             case Failure(serial, reason, sentence):
                 await self._send_if_any(websocket, self._streams.fail(serial, reason, sentence))
 

@@ -276,11 +276,14 @@ class _as_bad_request:
 
 
 def _sample(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
-    batch = runner.input_batch
-    is_unfinished = runner.discard_request_mask.np[: batch.num_reqs]
-    for processor in batch.logitsprocs.non_argmax_invariant:
-        if hasattr(processor, "unfinished_rows"):
-            processor.unfinished_rows = frozenset(is_unfinished.nonzero()[0].tolist())
+    try:
+        batch = runner.input_batch
+        is_unfinished = runner.discard_request_mask.np[: batch.num_reqs]
+        for processor in batch.logitsprocs.non_argmax_invariant:
+            if hasattr(processor, "unfinished_rows"):
+                processor.unfinished_rows = frozenset(is_unfinished.nonzero()[0].tolist())
+    except Exception:  # which would end the engine
+        logger.exception("runner V1 has no discard_request_mask as it was: chunks of prefills are waited for")
     return original(runner, *args, **kwargs)
 
 

@@ -188,11 +188,20 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
         if rows:
             streams = list(rows.values())
             if self._ranks.is_first:
-                self._offer(logits, rows)
+                self._offer_if_possible(logits, rows)
             self._streams().collect(streams)
             self._ranks.agree(self._streams(), streams)
             steer_batch(logits, rows)
         return logits
+
+    def _offer_if_possible(self, logits: torch.Tensor, rows: Mapping[int, SteeredStream]) -> None:
+        """Whatever fails here fails on this rank alone, and must not keep it from what all ranks do together."""
+        try:
+            self._offer(logits, rows)
+        except Exception:
+            logger.exception("candidates cannot be shown; the tokens concerned are unsteered")
+            for stream in rows.values():
+                stream.silent |= stream.sampling is not None
 
     def _offer(self, logits: torch.Tensor, rows: Mapping[int, SteeredStream]) -> None:
         """Show the edge-fused streams their candidates, once per position and while there is somebody to look at them."""
