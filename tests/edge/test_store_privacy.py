@@ -24,7 +24,7 @@ from .hub import advance, attached, begin, settings_for
 from .test_privacy import CONTEXT, SECRETS, Witness, scrutinized
 from .test_privacy import witness as witness  # a fixture
 
-CANNOT_CHOOSE = "the edge worker cannot choose from its private context"
+CANNOT_CHOOSE = NO_CONTEXT  # alike, so that it does not tell them apart
 
 
 @pytest.fixture
