@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from costeer_vllm.candidates import BasePolicy, decode_candidates, encode_candidates
+from costeer_vllm.edge import choices
 from costeer_vllm.edge.choices import Chooser, _uniform, chooser
 from costeer_vllm.edge.disclosure import Disclosure, Disclosures
 from costeer_vllm.errors import InvalidCandidates, InvalidParameter
@@ -413,3 +414,14 @@ def test_parameters_out_of_range_are_told(field: str, value: float) -> None:
 )
 def test_parameters_at_their_ends_choose(fields: dict[str, Any]) -> None:
     assert 0 <= choose(make(**fields), 0, *pair(0)) < VOCAB
+
+
+def test_of_one_request_there_are_only_so_many_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that goes back and asks with ever other candidates would fill the device's memory."""
+    monkeypatch.setattr(choices, "MAX_CHOICES", 3)
+    own = make()
+    for position in range(3):
+        choose(own, position, *pair(position))
+    with pytest.raises(InvalidCandidates, match="more than 3 choices"):
+        choose(own, 3, *pair(3))
+    choose(own, 1, *pair(1))  # an old one is still there

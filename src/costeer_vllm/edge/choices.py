@@ -1,8 +1,9 @@
 """The choices of one edge-fused stream: each needs a Candidates frame from the engine and a delta from the small model.
 
 The two come in any order. A question gets one choice: asked again (a frame was repeated), it is given again, so that nobody
-learns more by asking twice. Every other question, be it of the same position, is drawn with a random number of its own: two
-choices made with the same one would tell more together than the sum of what each of them tells.
+learns more by asking twice; and so it is for whatever comes at the prefix of a stream's newest choice. Every other question, be
+it of the same position, is drawn with a random number of its own: two choices made with the same one would tell more together
+than the sum of what each of them tells.
 """
 
 import hashlib
@@ -22,6 +23,8 @@ from costeer_vllm.edge.fusion import Drawn
 from costeer_vllm.errors import InvalidCandidates, InvalidParameter
 from costeer_vllm.protocol.messages import Begin, Candidates, Choice, Sampling, encode
 from costeer_vllm.steering import check_finite, check_strength
+
+MAX_CHOICES = 2**17  # of a request that goes on: as many as the longest replay has tokens
 
 _Prefix: TypeAlias = tuple[int, int]  # position and prefix hash
 
@@ -45,7 +48,7 @@ class Chooser:
         """The choice among ``candidates``, if their delta is there.
 
         Raises:
-            InvalidCandidates: if they cannot be used.
+            InvalidCandidates: if they cannot be used, or too much has been asked.
         """
         prefix = candidates.position, candidates.prefix_hash
         if self.choice is not None and prefix == (self.choice.position, self.choice.prefix_hash):
@@ -57,7 +60,7 @@ class Chooser:
         """The choice by ``delta [vocab]``, if its candidates are there.
 
         Raises:
-            InvalidCandidates: if none of them is an id that the small model knows.
+            InvalidCandidates: if none of them is an id that the small model knows, or too much has been asked.
         """
         self.delta = (position, prefix_hash), delta
         return self._choose()
@@ -74,6 +77,8 @@ class Chooser:
         delta = self.delta[1]
         self.base = self.delta = None
         token = self.disclosure.choices.get(question)
+        if token is None and len(self.disclosure.choices) >= MAX_CHOICES:
+            raise InvalidCandidates(f"more than {MAX_CHOICES} choices were asked for in one request")
         if token is None:
             token = self.disclosure.choices[question] = self._draw(_known(base, len(delta)), delta, _uniform(question))
         self.choice = Choice(self.stream, position, prefix_hash, token)
