@@ -61,7 +61,8 @@ def decode_candidates(payload: bytes) -> BasePolicy:
         raise InvalidCandidates("candidates whose ids do not increase strictly")
     if not (0 <= step <= MAX_ROUNDING and 0 <= left <= 1):
         raise InvalidCandidates("candidates with a step or a mass that cannot be")
-    log_probs = values * -np.float64(step) if step else values.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a signaling NaN
+        log_probs = values * -np.float64(step) if step else values.astype(np.float64)
     if not (np.all(np.isfinite(log_probs)) and log_probs.max() <= 1e-3):  # rounded above 0 by a device's arithmetic
         raise InvalidCandidates("candidates with a value that is no log-probability")
     return BasePolicy(ids, log_probs, left)
