@@ -42,7 +42,7 @@ RESTART_S = 200.0  # until a component is ready, and until all together steer ag
 
 # What an error must say for the component that is not there; an app that loses the gateway itself sees its own client's error.
 NAMED_BY: dict[Component, str] = {
-    "edge": r"^connection lost",
+    "edge": r"^connection lost|worker_stops",
     "hub": r"not_attached|\bhub\b|no edge worker",
     "server": r"server_unreachable|server_broke_off|EngineCore",  # the last is vLLM's own word for its end
 }

@@ -878,3 +878,24 @@ def test_an_answer_that_outlasts_the_worker_is_told_so(tmp_path: Path) -> None:
             assert last["error"]["code"] == "worker_stops"
 
     run(main())
+
+
+def test_behind_its_end_an_answer_gets_no_error(tmp_path: Path) -> None:
+    """The worker ends while the server has not closed the stream that it has ended."""
+
+    async def lingers(call: Call) -> None:
+        await call.start_events()
+        await call.chunk(*sse(CHUNK, "[DONE]"))
+        await call.hung_up.wait()
+
+    async def main() -> None:
+        async with device(tmp_path, patience=replace(QUICK, end_s=30.0, counts_s=0.1)) as at:
+            at.server.script = lingers
+            asked = asyncio.create_task(at.chat(stream=True))
+            while not at.server.calls:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.5)  # for the events to come through
+            at.serving.cancel()
+            assert events_of((await asked).content)[-1] == "[DONE]"
+
+    run(main())

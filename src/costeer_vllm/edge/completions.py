@@ -209,6 +209,7 @@ class Completions:
         if costeer is not None:
             await reply.send(costeer_event(first, await costeer()))
         await reply.send(event)
+        reply.is_whole = True
         with contextlib.suppress(GatewayError), anyio.move_on_after(self._device.patience.end_s):
             async for more in whole_ones:  # the app would miss nothing without them
                 await reply.send(more)
@@ -223,6 +224,7 @@ class Reply:
         self._send, self._patience_s = send, patience_s
         self._is_started = False
         self.num_sent = 0  # messages
+        self.is_whole = False  # the app has the last of what it asked for
 
     async def start(self, status: int, headers: Mapping[str, str], num_bytes: int | None = None) -> None:
         """The head; ``num_bytes`` of the body, None of a stream of events."""
@@ -248,10 +250,11 @@ class Reply:
         await self.end()
 
     async def fail(self, error: GatewayError) -> None:
-        """The error is the answer; in the middle of a stream of events it is the last of them."""
+        """The error is the answer; in the middle of a stream of events it is the last of them, behind its end it is nobody's."""
         if not self._is_started:
             return await self.whole(error.status, {"content-type": "application/json"}, error.body())
-        await self.send(error.event())
+        if not self.is_whole:
+            await self.send(error.event())
         return await self.end()
 
     async def _pass(self, message: dict[str, Any]) -> None:
