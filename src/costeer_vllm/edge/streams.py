@@ -201,9 +201,8 @@ class Streams:
             return End(begin.stream, "failed", "the query must be exactly one of messages, a prompt and prompt ids")
         if not self._are_known(begin.tokens) or not self._are_known(begin.query.prompt_ids or []):
             return End(begin.stream, "failed", self._unknown)
-        fusion: Fusion = "cloud" if begin.sampling is None else "edge"
-        if fusion not in self._fusions or not self._disclosures.is_allowed(begin.query.ref, fusion):
-            return End(begin.stream, "refused", f"this edge worker does not consent to {fusion} fusion")
+        if begin.fusion not in self._fusions or not self._disclosures.is_allowed(begin.query.ref, begin.fusion):
+            return End(begin.stream, "refused", f"this edge worker does not consent to {begin.fusion} fusion")
         if len(self._by_name) >= self._limit:
             return End(begin.stream, "overloaded", f"this edge worker serves at most {self._limit} streams at a time")
         try:

@@ -80,9 +80,10 @@ class Traces:
         former = None
         if isinstance(message, Begin):
             former = self._end(message.stream, "preempted")
-            fusion: Fusion = "cloud" if message.sampling is None else "edge"
             num = len(message.tokens)
-            trace = Trace(message.stream, message.request, fusion, message.strength, time.time(), num_before=num, num_tokens=num)
+            trace = Trace(
+                message.stream, message.request, message.fusion, message.strength, time.time(), num_before=num, num_tokens=num
+            )
             if message.sampling is not None:
                 trace.bits, trace.max_bits = 0.0, message.sampling.max_bits
             self._open[message.stream] = trace

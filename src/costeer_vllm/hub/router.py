@@ -599,9 +599,8 @@ def version_sentence(peer: str, version: int) -> str:
 def _refuse_begin(begin: Begin, attachment: Attachment | None) -> End | None:
     if attachment is None:
         return End(begin.stream, "detached", f"worker is '{begin.worker}': no edge worker of that name is attached")
-    fusion: Fusion = "cloud" if begin.sampling is None else "edge"
-    if fusion not in attachment.attach.fusions:
-        return End(begin.stream, "refused", _no_consent(attachment.attach, fusion))
+    if begin.fusion not in attachment.attach.fusions:
+        return End(begin.stream, "refused", _no_consent(attachment.attach, begin.fusion))
     if begin.stream in attachment.streams or len(attachment.streams) < attachment.attach.max_streams:
         return None
     return End(begin.stream, "overloaded", f"worker '{begin.worker}' already steers {len(attachment.streams)} streams, its most")

@@ -154,6 +154,11 @@ class Begin(Message, frozen=True):
     grant: Digest | None = None  # see protocol/keys.py
     sampling: Sampling | None = None  # None: cloud fusion
 
+    @property
+    def fusion(self) -> Fusion:
+        """What the stream asks for."""
+        return "cloud" if self.sampling is None else "edge"
+
 
 class Advance(Message, frozen=True):
     """Tokens were chosen: ``tokens`` are the last ones before ``position``, whatever the edge worker guessed or missed."""
