@@ -14,6 +14,7 @@ from costeer_vllm.protocol.messages import (
     MAX_ROUNDING,
     MIN_ROUNDING,
     ContextRef,
+    Count,
     Digest,
     Fusion,
     Name,
@@ -22,10 +23,11 @@ from costeer_vllm.protocol.messages import (
 )
 from costeer_vllm.steering import SteeringParams, check_finite, check_strength
 
-OnMissing: TypeAlias = Literal["continue"]
+OnMissing: TypeAlias = Literal["wait", "continue", "fail"]  # a delta is not there: hold the request, go on without it, or fail
 
-DEFAULT_DEADLINE_MS = 5_000.0
-MAX_DEADLINE_MS = 60_000.0  # far below vLLM's VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS (300), after which the engine gives itself up
+LEASE_MS = 30_000.0  # how long a request is held by default
+DEFAULT_DEADLINE_MS = 5_000.0  # for the others
+MAX_DEADLINE_MS = 600_000.0
 DEFAULT_CANDIDATES = 64
 MAX_REQUEST_ID = 160  # characters; a stream's id is the request's and a suffix
 _STEERING_FIELDS = ("T", "alpha", "beta", "lambda", "eta")
@@ -47,8 +49,8 @@ class Options:
     worker: str | None
     key: str | None
     strength: float  # c_T, unitless
-    on_missing: OnMissing
-    deadline_ms: float  # how long a token may wait for its delta
+    on_missing: OnMissing = "wait"
+    deadline_ms: float = LEASE_MS  # how long a token may wait for its delta
     confidence: float = 1.0  # steer only where the base policy's largest probability is below it; 1: everywhere
     context_ref: str | None = None  # which of the edge worker's contexts
     fusion: Fusion = "cloud"
@@ -68,14 +70,15 @@ class SteeringRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, o
     worker: Name
     query: Query
     strength: float
-    deadline_ms: Annotated[float, msgspec.Meta(ge=0, le=MAX_DEADLINE_MS)] = DEFAULT_DEADLINE_MS
-    on_missing: OnMissing = "continue"
+    deadline_ms: Annotated[float, msgspec.Meta(ge=0, le=MAX_DEADLINE_MS)] = LEASE_MS
+    on_missing: OnMissing = "wait"
     grant: Digest | None = None
     confidence: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
     fusion: Fusion = "cloud"
     candidates: Annotated[int, msgspec.Meta(ge=1, le=MAX_CANDIDATES)] = DEFAULT_CANDIDATES
     rounding: Annotated[float, msgspec.Meta(ge=0, le=MAX_ROUNDING)] = 0.0
     max_bits: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    ticket: Count | None = None  # the scheduler gives it, see engine/board.py
 
 
 def parse_options(body: object) -> Options:
@@ -94,14 +97,14 @@ def parse_options(body: object) -> Options:
         if value is not None and not isinstance(value, (str, int, float)):
             raise InvalidParameter(field, _harmless(value), "a number" if field in NUMBERS else "a string")
     given = {field: value for field, value in body.items() if value is not None}
+    on_missing = _on_missing(given.get("on_missing", "wait"))
+    deadline_ms = given.get("deadline_ms", LEASE_MS if on_missing == "wait" else DEFAULT_DEADLINE_MS)
     return Options(
         worker=_worker(given.get("worker")),
         key=_key(given.get("key")),
         strength=_strength(given),
-        on_missing=_on_missing(given.get("on_missing", "continue")),
-        deadline_ms=_within(
-            "deadline_ms", given.get("deadline_ms", DEFAULT_DEADLINE_MS), 0, MAX_DEADLINE_MS, "a number of milliseconds"
-        ),
+        on_missing=on_missing,
+        deadline_ms=_within("deadline_ms", deadline_ms, 0, MAX_DEADLINE_MS, "a number of milliseconds"),
         confidence=_confidence(given.get("confidence", 1.0)),
         context_ref=_context_ref(given.get("context_ref")),
         fusion=_fusion(given),
@@ -151,6 +154,11 @@ def to_extra_args(request: SteeringRequest) -> dict[str, Any]:
     return _Quiet(msgspec.to_builtins(request))
 
 
+def with_ticket(asked: Mapping[str, Any], ticket: int | None) -> dict[str, Any]:
+    """What ``to_extra_args`` made, as a mapping, with the scheduler's ticket."""
+    return _Quiet({**asked, "ticket": ticket})
+
+
 def _strength(given: Mapping[str, Any]) -> float:
     by_paper = [field for field in _STEERING_FIELDS if field in given]
     if "strength" in given:
@@ -189,8 +197,9 @@ def _harmless(value: object) -> object:
 
 def _on_missing(value: object) -> OnMissing:
     if value not in get_args(OnMissing):
-        raise InvalidParameter("on_missing", value, "'continue' (a token whose delta is late is chosen unsteered, and counted)")
-    return "continue"
+        allowed = "'wait' (the request is held for its delta), 'continue' (the token is chosen unsteered, and counted) or 'fail'"
+        raise InvalidParameter("on_missing", value, allowed)
+    return value  # type: ignore[return-value]
 
 
 def _within(field: str, value: object, least: float, most: float, what: str) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from costeer_vllm.delta import DenseDelta, SparseDelta
-from costeer_vllm.engine.streams import SteeredStream
+from costeer_vllm.engine.steered import SteeredStream
 from costeer_vllm.kernels import Deltas, DenseDeltas, SparseDeltas, steer_inplace, top_probability
 from costeer_vllm.request import SteeringRequest
 

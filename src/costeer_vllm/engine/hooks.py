@@ -7,19 +7,23 @@
     front end   {ChatCompletion,Completion,Responses}Request
                 .to_sampling_params                                what was admitted goes into extra_args
     front end   RequestLogger.log_request_body                     a steering key stands in no log
+    front end   AsyncLLM.generate                                  a request that must fail ends with our sentence
+    engine      Scheduler, AsyncScheduler (scheduler.py)           who is left out of a step, and whose token is dropped
     worker, V1  GPUModelRunner._sample                             which rows are chunks of an unfinished prefill
+    worker, V2  GPUModelRunner.sample                              a token that is taken back was not sampled
     worker, V2  RequestState.add_request, .remove_request          who sits in which slot, and when they leave
 
 A symbol that is gone or has lost a parameter we use stops a server that names costeer at start, with a sentence. A server that
 does not name it is served as if this package were not there, except that a request with ``costeer`` is refused.
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from costeer_vllm.errors import CoSteerError, InvalidParameter, Unsupported
@@ -28,6 +32,10 @@ logger = logging.getLogger("vllm.costeer")  # below vLLM's own logger: its handl
 
 NAME = "costeer"
 PROCESSOR = "costeer_vllm.engine.processor:CoSteerLogitsProcessor"
+SCHEDULERS = {
+    False: "costeer_vllm.engine.scheduler.HoldingScheduler",
+    True: "costeer_vllm.engine.scheduler.HoldingAsyncScheduler",
+}  # by whether scheduling is asynchronous
 ALIAS_SUFFIX = "+costeer"
 
 _state = {"installed": False, "named": False}
@@ -46,6 +54,7 @@ def watch_request_states() -> None:
     parameters = ["req_id", "prompt_len", "all_token_ids"]
     _wrap("vllm.v1.worker.gpu.states", "RequestState", "add_request", parameters, _add_request)
     _wrap("vllm.v1.worker.gpu.states", "RequestState", "remove_request", ["req_id"], _remove_request)
+    _wrap("vllm.v1.worker.gpu.model_runner", "GPUModelRunner", "sample", ["input_batch"], _sample_v2)
     _raise_problems()
 
 
@@ -100,11 +109,15 @@ def _create_engine_config(original: Callable[..., Any], args: Any, *rest: Any, *
     if named:
         _raise_problems()
         _check_supported(config)
+        _check_scheduler()
+        config.scheduler_config.scheduler_cls = SCHEDULERS[bool(config.scheduler_config.async_scheduling)]
         if kwargs.get("headless") and not os.environ.get("COSTEER_HUB"):
             raise Unsupported("costeer: a headless node needs COSTEER_HUB: the hub runs where the front end is")
+        from costeer_vllm.engine import board, settings
         from costeer_vllm.engine.hub_process import ensure_hub
 
         logger.info("the hub's engine endpoint is %s", ensure_hub())
+        os.environ[settings.BOARD] = str(board.new_path())
         _state["named"] = True
     return config
 
@@ -128,11 +141,27 @@ def _check_supported(config: Any) -> None:
         "a diffusion model": getattr(config.model_config, "is_diffusion", False),
         "batch-sharded sampling": getattr(config.parallel_config, "enable_batch_sharded_sampling", False),
         "pipeline parallelism": config.parallel_config.pipeline_parallel_size > 1,
+        "a scheduler of one's own (--scheduler-cls)": config.scheduler_config.scheduler_cls not in (None, *SCHEDULERS.values()),
         "the Rust front end (VLLM_USE_RUST_FRONTEND)": os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
     }
     for what, is_on in refusals.items():
         if is_on:
             raise Unsupported(f"costeer: {what} cannot be steered yet; switch it off, or leave out --logits-processor costeer")
+
+
+def _check_scheduler() -> None:
+    """What scheduler.py reaches into, beyond vLLM's SchedulerInterface."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import Request
+
+    source = inspect.getsource(Scheduler.schedule)
+    gone = [name for name in ("next_decode_eligible_step", "num_output_placeholders") if name not in source]
+    written = inspect.getsource(Request.__init__)
+    gone += [name for name in ("num_computed_tokens", "num_in_flight_tokens") if name not in written]
+    gone += [name for name in ("_free_request", "finish_requests") if not hasattr(Scheduler, name)]
+    if gone:
+        _problems.append(f"vllm.v1.core.sched.scheduler.Scheduler knows no {', '.join(gone)}")
+        _raise_problems()
 
 
 # Front end
@@ -148,6 +177,7 @@ def _install_front_end() -> None:
                          ("responses", "ResponsesRequest")):  # fmt: skip
         _wrap(f"{openai}.{route}.protocol", owner, "to_sampling_params", [], _to_sampling_params)
     _wrap("vllm.entrypoints.serve.utils.request_logger", "RequestLogger", "log_request_body", ["request"], _log_request_body)
+    _wrap("vllm.v1.engine.async_llm", "AsyncLLM", "generate", ["sampling_params"], _generate)
 
 
 class Granted(list[dict[str, Any]]):
@@ -259,6 +289,23 @@ def _without_key(body: object) -> object:
     return {field: "***" if field == "key" or isinstance(value, (dict, list)) else value for field, value in body.items()}
 
 
+def _generate(original: Callable[..., Any], llm: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+    outputs = original(llm, prompt, sampling_params, *args, **kwargs)
+    return _with_failures(outputs) if NAME in (getattr(sampling_params, "extra_args", None) or {}) else outputs
+
+
+async def _with_failures(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    """Raise the sentence with which the scheduler ended a request: HTTP 503, or an error event in a stream."""
+    async with contextlib.aclosing(outputs):  # so that a client that leaves aborts its request at once
+        async for output in outputs:
+            for choice in output.outputs:
+                if choice.finish_reason == "error" and str(choice.stop_reason).startswith(f"{NAME}: "):
+                    from vllm.exceptions import RetryableRequestError
+
+                    raise RetryableRequestError(choice.stop_reason)
+            yield output
+
+
 class _as_bad_request:
     """Our errors inside become vLLM's validation error: HTTP 400 on every route, also for ``stream: true``."""
 
@@ -279,15 +326,31 @@ def _sample(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any
     try:
         batch = runner.input_batch
         is_unfinished = runner.discard_request_mask.np[: batch.num_reqs]
-        for processor in batch.logitsprocs.non_argmax_invariant:
-            if hasattr(processor, "unfinished_rows"):
-                processor.unfinished_rows = frozenset(is_unfinished.nonzero()[0].tolist())
+        ours = [processor for processor in batch.logitsprocs.non_argmax_invariant if hasattr(processor, "unfinished_rows")]
+        for processor in ours:
+            processor.unfinished_rows = frozenset(is_unfinished.nonzero()[0].tolist())
+        drawn_by = {row: (generator, generator.get_state()) for row, generator in batch.generators.items() if ours}
     except Exception:  # which would end the engine
-        logger.exception("runner V1 has no discard_request_mask as it was: chunks of prefills are waited for")
-    return original(runner, *args, **kwargs)
+        logger.exception("runner V1 is not as it was: chunks of prefills are waited for, and seeds may not hold")
+        ours, drawn_by = [], {}
+    sampled = original(runner, *args, **kwargs)
+    for row in frozenset().union(*(processor.taken_back_rows for processor in ours)) & drawn_by.keys():
+        generator, state = drawn_by[row]  # the token will be drawn again
+        generator.set_state(state)
+    return sampled
 
 
 # Worker, Model Runner V2
+
+
+def _sample_v2(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
+    output, num_sampled, num_rejected = original(runner, *args, **kwargs)
+    slots = getattr(runner.req_states.all_token_ids, "costeer_slots", None)
+    if slots is not None and slots.taken_back:
+        rows = slots.take_taken_back(num_sampled.device)
+        # As of a rejected draft: nothing was sampled, and the last position is computed again.
+        num_sampled, num_rejected = num_sampled.index_fill(0, rows, 0), num_rejected.index_fill(0, rows, 1)
+    return output, num_sampled, num_rejected
 
 
 def _add_request(original: Callable[..., None], states: Any, req_id: str, prompt_len: int, all_token_ids: list[int],

@@ -26,11 +26,14 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 from costeer_vllm.candidates import encode_candidates
 from costeer_vllm.engine import hooks, settings
 from costeer_vllm.engine.batch import steer_batch
+from costeer_vllm.engine.board import open_board
 from costeer_vllm.engine.link import HubLink
 from costeer_vllm.engine.offers import Penalties, base_policies
+from costeer_vllm.engine.pace import StepClock
 from costeer_vllm.engine.ranks import Ranks
 from costeer_vllm.engine.slots import Slots, TokenReader
-from costeer_vllm.engine.streams import SteeredStream, StreamTable
+from costeer_vllm.engine.steered import SteeredStream
+from costeer_vllm.engine.streams import StreamTable
 from costeer_vllm.errors import HubUnavailable, InvalidParameter
 from costeer_vllm.protocol.messages import Sampling
 from costeer_vllm.request import SteeringRequest, parse_admitted
@@ -73,10 +76,13 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
     def __init__(self, vllm_config: Any, where: Any, is_pin_memory: bool | None = None) -> None:
         """V1 calls this with ``(vllm_config, device, is_pin_memory)``, V2 with ``(vllm_config, req_states)``."""
         self._ranks = Ranks()
+        self._clock = StepClock()
+        self._board = open_board(vllm_config)
         self._vocab_size: int = vllm_config.model_config.get_vocab_size()
         self._table: StreamTable | None = None
         self._rows: dict[int, _Row] = {}  # V1
         self.unfinished_rows: frozenset[int] = frozenset()  # V1: in this step chunks of prefills, as hooks.py sees them
+        self.taken_back_rows: frozenset[int] = frozenset()  # whose token of this step shall not count
         self._slots: Slots | None = None
         if hasattr(where, "all_token_ids"):
             hooks.watch_request_states()
@@ -107,15 +113,17 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follow the batch, then send out the tokens that the last step chose."""
         if batch_update is not None:
+            self._advance_rows()  # of those, too, that leave the batch to come back to it
             self._follow(batch_update)
         self._advance_rows()
+        self._start_step()
 
     def _follow(self, update: BatchUpdate) -> None:
         # ``removed`` does not list a row whose place an added or moved request takes in the same update.
         for row in update.removed:
-            self._end_row(row)
+            self._leave_row(row)
         for row, params, prompt_ids, output_ids in update.added:
-            self._end_row(row)
+            self._leave_row(row)
             if (request := _steering_request_or_none(params)) is not None:
                 stream = self._begin(request, output_ids, _stop_ids(params), _sampling(request, params))
                 self._rows[row] = _Row(stream, output_ids, _penalties(params, prompt_ids))
@@ -126,24 +134,21 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
             if displaced is not None and direction == MoveDirectionality.SWAP:
                 self._rows[source] = displaced
             elif displaced is not None:
-                self._end(displaced)
+                self._leave(displaced)
 
-    def _end_row(self, row: int) -> None:
+    def _leave_row(self, row: int) -> None:
         if (entry := self._rows.pop(row, None)) is not None:
-            self._end(entry)
+            self._leave(entry)
 
-    def _end(self, entry: _Row) -> None:
-        self._streams().end(entry.stream, "finished", max(0, len(entry.output_ids) - entry.stream.position))
+    def _leave(self, entry: _Row) -> None:
+        self._streams().leave(entry.stream, max(0, len(entry.output_ids) - entry.stream.position))
 
     def _advance_rows(self) -> None:
-        for row, (stream, output_ids, penalties) in list(self._rows.items()):
-            if len(output_ids) < stream.position:  # the runner took tokens back: their KV cache could not be loaded
-                self._streams().end(stream, "preempted", 0)
-                again = self._begin(stream.request, output_ids, stream.stop_ids, stream.sampling)
-                self._rows[row] = _Row(again, output_ids, penalties)
-            # Under async scheduling the newest id is a placeholder (-1) until the runner has copied it to the host.
-            elif (tokens := output_ids[stream.position :]) and -1 not in tokens:
-                self._streams().advance(stream, tokens)
+        for stream, output_ids, _ in self._rows.values():
+            # Under async scheduling the newest id is a placeholder (-1) until the runner has copied it to the host. A token that
+            # is taken back stands in the list until the row has left the batch.
+            if len(output_ids) != stream.position and not stream.taken_back and -1 not in output_ids[stream.position :]:
+                self._streams().align(stream, output_ids)
 
     # Model Runner V2
 
@@ -167,6 +172,7 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
             self._reader.start(self._slots)
             if self._reader.is_ready:
                 self._advance_slots()
+        self._start_step()
 
     def _advance_slots(self) -> None:
         for stream, token in self._reader.finish():
@@ -177,7 +183,7 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
         assert self._slots is not None
         if (stream := self._slots.streams.pop(slot, None)) is not None:
             self._slots.sampled.pop(slot, None)
-            self._streams().end(stream, "finished", int(stream.undecided is not None))
+            self._streams().leave(stream, int(stream.undecided is not None))
 
     # Both runners
 
@@ -189,10 +195,28 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
             streams = list(rows.values())
             if self._ranks.is_first:
                 self._offer_if_possible(logits, rows)
-            self._streams().collect(streams)
+            with self._clock.paused():
+                self._streams().collect(streams, in_company=logits.shape[0] > len(rows))
             self._ranks.agree(self._streams(), streams)
-            steer_batch(logits, rows)
+            self._take_back(rows)
+            steer_batch(logits, {row: stream for row, stream in rows.items() if not stream.taken_back})
         return logits
+
+    def _take_back(self, rows: Mapping[int, SteeredStream]) -> None:
+        """Note the rows whose token shall not count: Model Runner V2 is told, V1 follows the scheduler, which reads the board."""
+        self.taken_back_rows = frozenset(row for row, stream in rows.items() if stream.taken_back)
+        if self._slots is not None:
+            self._slots.taken_back = sorted(self.taken_back_rows)
+            for slot in [slot for slot, stream in self._slots.sampled.items() if stream.taken_back]:
+                del self._slots.sampled[slot]
+
+    def _start_step(self) -> None:
+        """Between two steps: what streams need that are in no batch, and the clock."""
+        if self._table is not None and len(self._table):
+            self._table.look_after()
+            self._table.step_s = self._clock.start_step()
+            if self._board is not None and self._ranks.is_first:
+                self._board.step_s = self._table.step_s
 
     def _offer_if_possible(self, logits: torch.Tensor, rows: Mapping[int, SteeredStream]) -> None:
         """Whatever fails here fails on this rank alone, and must not keep it from what all ranks do together."""
@@ -227,7 +251,7 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
         return {
             row: stream
             for row, (stream, output_ids, _) in sorted(self._rows.items())
-            if len(output_ids) == stream.position and row not in self.unfinished_rows
+            if len(output_ids) == stream.position and not stream.taken_back and row not in self.unfinished_rows
         }
 
     def _rows_v2(self, ctx: LogitsContext) -> dict[int, SteeredStream]:
@@ -239,8 +263,8 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
 
     def _streams(self) -> StreamTable:
         if self._table is None:
-            self._table = StreamTable(_hub_link() if self._ranks.is_first else None, self._vocab_size)
-            atexit.register(self._table.leave)
+            self._table = StreamTable(_hub_link() if self._ranks.is_first else None, self._vocab_size, self._board)
+            atexit.register(self._table.close)
         return self._table
 
     def _begin(

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from costeer_vllm.engine.streams import SteeredStream, StreamTable
+from costeer_vllm.engine.steered import SteeredStream
+from costeer_vllm.engine.streams import StreamTable
 
-_NONE = -1  # a size that stands for "no delta"
+_NONE, _TAKEN_BACK = -1, -2  # sizes that stand for "no answer" and for "no answer, and the token does not count"
 
 
 class Ranks:
@@ -29,8 +30,8 @@ class Ranks:
         """Give every rank the payloads that rank 0 has for ``streams``, which are the same on all ranks, in the same order."""
         if self._group.world_size == 1:
             return
-        payloads = [stream.payload for stream in streams] if self.is_first else []
-        sizes = torch.tensor([_NONE if p is None else len(p) for p in payloads] or [0] * len(streams))
+        payloads = [None if stream.taken_back else stream.payload for stream in streams] if self.is_first else []
+        sizes = torch.tensor([_size(stream) for stream in streams] if self.is_first else [0] * len(streams))
         self._broadcast(sizes)
         present = sizes.clamp(min=0)
         blob = torch.empty(int(present.sum()), dtype=torch.uint8)
@@ -41,8 +42,14 @@ class Ranks:
         if not self.is_first:
             data, start = blob.numpy().tobytes(), 0
             for stream, size in zip(streams, sizes.tolist(), strict=True):
-                table.adopt(stream, None if size == _NONE else data[start : start + size])
+                table.adopt(stream, None if size < 0 else data[start : start + size], size == _TAKEN_BACK)
                 start += max(size, 0)
 
     def _broadcast(self, tensor: torch.Tensor) -> None:
         torch.distributed.broadcast(tensor, src=self._group.ranks[0], group=self._group.cpu_group)
+
+
+def _size(stream: SteeredStream) -> int:
+    if stream.taken_back:
+        return _TAKEN_BACK
+    return _NONE if stream.payload is None else len(stream.payload)

@@ -5,15 +5,18 @@ COSTEER_HUB_PORT     where a hub that the server starts on its own listens for e
 COSTEER_HUB_HOST     on which address (127.0.0.1); any but loopback demands COSTEER_ATTACH_KEY
 COSTEER_ATTACH_KEY   the key that edge workers and engines must have
 COSTEER_CACHE_SECRET what prefix-cache salts are derived from; made at start if not set
+COSTEER_BOARD        where the processes of an engine share what they know of its streams; set by ourselves
 """
 
 import os
 import secrets
+from pathlib import Path
 
 from costeer_vllm.errors import HubUnavailable, InvalidParameter
 
 HUB = "COSTEER_HUB"
 CACHE_SECRET = "COSTEER_CACHE_SECRET"
+BOARD = "COSTEER_BOARD"
 
 
 def hub_endpoint() -> str:
@@ -53,3 +56,9 @@ def attach_key() -> str | None:
 def cache_secret() -> bytes:
     """The secret behind the prefix-cache salts, shared by all processes of a server."""
     return os.environ.setdefault(CACHE_SECRET, secrets.token_hex(16)).encode()
+
+
+def board() -> Path | None:
+    """The path of this server's boards without the rank; None where ``hooks.py`` has set none."""
+    path = os.environ.get(BOARD)
+    return Path(path) if path else None

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from costeer_vllm.engine.streams import SteeredStream
+from costeer_vllm.engine.steered import SteeredStream
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcRequestState
@@ -20,6 +20,7 @@ class Slots:
         self._arrived: tuple[int, list[int]] = (-1, [])
         self.streams: dict[int, SteeredStream] = {}
         self.sampled: dict[int, SteeredStream] = {}  # slot -> stream that chose a token in the last step
+        self.taken_back: list[int] = []  # rows of the step whose tokens shall not count; hooks.py sees to it
         # The one object that the runner's RequestState and our view of it share: hooks.py finds us by it.
         state.all_token_ids.costeer_slots = self
 
@@ -36,6 +37,12 @@ class Slots:
         """The request in ``slot`` finished, was aborted or was preempted."""
         if slot in self.streams:
             self._on_vacated(slot)
+
+    def take_taken_back(self, device: torch.device) -> torch.Tensor:
+        """The rows whose tokens of this step shall not count, once: int64 [rows] on ``device``."""
+        rows = torch.tensor(self.taken_back, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.taken_back = []
+        return rows.to(device, non_blocking=True)
 
     def rows(self, ctx: "LogitsContext") -> dict[int, SteeredStream]:
         """Logits row -> stream, for the rows whose token will be kept: a chunk of an unfinished prefill chooses none."""

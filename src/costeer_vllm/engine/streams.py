@@ -1,6 +1,7 @@
 """The streams of one engine worker: what was asked of the edge workers, what came back, what each token got.
 
-Nothing here knows vLLM. The processor says which tokens were chosen and asks for deltas; the link carries the messages.
+Nothing here knows vLLM. The processor says which tokens were chosen and asks for deltas; the link carries the messages; the board
+tells the scheduler which requests are worth a place in the next step.
 """
 
 import logging
@@ -8,11 +9,12 @@ import math
 import time
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
-from costeer_vllm.candidates import decode_candidates
-from costeer_vllm.delta import DenseDelta, SparseDelta, decode
+from costeer_vllm.delta import decode
+from costeer_vllm.engine.board import Board, State
 from costeer_vllm.engine.link import HubLink
+from costeer_vllm.engine.pace import PATIENCE_S, AnswerTime, grace_s
+from costeer_vllm.engine.steered import SteeredStream
 from costeer_vllm.errors import InvalidDelta
 from costeer_vllm.protocol.messages import (
     Admitted,
@@ -25,78 +27,71 @@ from costeer_vllm.protocol.messages import (
     EndReason,
     HubToEngine,
     Joined,
+    Reattached,
     Refused,
     Sampling,
 )
-from costeer_vllm.protocol.stream import Stream
 from costeer_vllm.request import SteeringRequest
 
 _JOIN_INTERVAL_S = 0.5
+_REOPEN_S = 1.0  # after that a stream that was closed is begun again, while its request waits
+_ASK_AGAIN_S = 3.0  # after that a question is repeated, since a frame may have been lost; then after twice as long, and so on
 _MAX_OFFERS_KEPT = 64  # of a stream: older choices than these are late in any case
+_MAX_WORKERS = 1024  # whose answer times are remembered
 
 logger = logging.getLogger("vllm.costeer")  # below vLLM's own logger: its handlers, its level
-
-
-@dataclass(slots=True, eq=False)
-class SteeredStream:
-    """One generation and its edge worker, on the engine's side."""
-
-    id: str
-    request: SteeringRequest
-    stop_ids: frozenset[int]
-    sampling: Sampling | None = None  # edge fusion: how its tokens are drawn; None: cloud fusion
-    protocol: Stream = field(default_factory=Stream)
-    tokens: list[int] = field(default_factory=list)  # generated so far: what a hub that restarted must be told
-    offer: Candidates | None = None  # edge fusion: what the current position's token is chosen from
-    payload: bytes | None = None  # of the answer for the current position: a delta as it came, or the id of the chosen token
-    answer: DenseDelta | SparseDelta | int | None = None  # the same
-    asked_at: float = 0.0  # seconds, monotonic
-    offered_at: dict[int, float] = field(default_factory=dict)  # the same, by position, of the last offers
-    silent: bool = False  # nothing has come in time since the last miss: not worth another wait
-    closed_by: EndReason | None = None  # the edge or the hub ended it; its tokens are missed from there on
-    steered: int = 0
-    missed: int = 0
-    invalid: int = 0
-    undecided: bool | None = None  # the newest token: was it steered? counted once it is known to have been kept
-
-    @property
-    def position(self) -> int:
-        """Tokens generated before the one being chosen."""
-        return self.protocol.position
-
-    def begin(self) -> Begin:
-        """The message that opens the stream at the tokens it has."""
-        asks = self.request
-        return Begin(self.id, asks.request, asks.worker, asks.query, asks.strength, list(self.tokens), asks.grant, self.sampling)
-
-    def wait_s(self, now: float) -> float:
-        """How long the current position may still wait for its answer, in seconds; 0 once it has it or has no hope."""
-        is_asked = self.sampling is None or self.offer is not None  # numbers that are none are not shown to an edge worker
-        if self.answer is not None or self.closed_by is not None or self.silent or not is_asked:
-            return 0.0
-        return max(0.0, self.asked_at + self.request.deadline_ms / 1000 - now)
 
 
 class StreamTable:
     """All streams of an engine worker, and the link they share. With ``link=None`` (other tensor-parallel ranks) it is mute."""
 
-    def __init__(self, link: HubLink | None, vocab_size: int) -> None:
+    def __init__(self, link: HubLink | None, vocab_size: int, board: Board | None = None) -> None:
+        """``board``: without one nothing can be held, and every step waits for all of its answers."""
         self._link = link
         self._vocab_size = vocab_size
+        self._board = board
         self._streams: dict[str, SteeredStream] = {}
-        self._joined_at = -math.inf  # seconds, monotonic
+        self._parked: dict[int, SteeredStream] = {}  # by ticket: in no batch at the moment
+        self._answer_times: dict[str, AnswerTime] = {}  # by edge worker
+        self._looked_at = -math.inf  # seconds, monotonic: when messages were received last
+        self._joined_at = -math.inf  # the same: when we introduced ourselves last
+        self.step_s = 0.0  # how long a step takes without the wait for answers
 
     def __len__(self) -> int:
         return len(self._streams)
 
+    # Streams come and go
+
     def begin(
         self, request: SteeringRequest, tokens: Sequence[int], stop_ids: frozenset[int], sampling: Sampling | None = None
     ) -> SteeredStream:
-        """Open a stream whose generation stands at ``tokens`` (none at first; more when it resumes after preemption)."""
+        """The stream of a request that enters the batch with ``tokens`` generated: a new one, or the one that it left parked."""
+        parked = None if request.ticket is None else self._parked.pop(request.ticket, None)
+        if parked is not None:
+            self.align(parked, tokens)
+            return parked
         stream = SteeredStream(f"{request.request}.{uuid.uuid4().hex[:8]}", request, stop_ids, sampling, tokens=list(tokens))
         self._streams[stream.id] = stream
         self._ask(stream, stream.begin())
         return stream
+
+    def leave(self, stream: SteeredStream, num_chosen: int) -> None:
+        """A stream leaves the batch: for good, or to come back when its request was only held or preempted."""
+        ticket = stream.request.ticket
+        if ticket is None or self._board is None or not self._board.is_live(ticket):
+            self.end(stream, "finished", num_chosen)
+        elif stream.id in self._streams:
+            self._parked[ticket] = stream
+
+    def align(self, stream: SteeredStream, tokens: Sequence[int]) -> None:
+        """Bring a stream to ``tokens``, those that its request has: more than we knew of, or fewer if some were taken back."""
+        stream.taken_back = False
+        if len(tokens) < stream.position:
+            stream.tokens = list(tokens)
+            stream.undecided = None
+            self._reopen(stream)
+        elif len(tokens) > stream.position:
+            self.advance(stream, list(tokens[stream.position :]))
 
     def advance(self, stream: SteeredStream, tokens: list[int]) -> None:
         """Tell the edge worker which tokens were chosen, and so ask for the next delta."""
@@ -106,59 +101,32 @@ class StreamTable:
         stream.tokens += tokens
         message = stream.protocol.advance(stream.id, tokens)
         stream.payload = stream.answer = stream.offer = None
-        self._ask(stream, message)
-
-    def offer(self, stream: SteeredStream, payload: bytes) -> None:
-        """Edge fusion: ask the edge worker to choose the current position's token among the candidates in ``payload``."""
-        if stream.offer is not None or stream.closed_by is not None or self._link is None:
-            return
-        stream.offer = Candidates(stream.id, stream.position, stream.protocol.prefix_hash, payload)
-        stream.asked_at = stream.offered_at[stream.position] = time.monotonic()
-        if len(stream.offered_at) > _MAX_OFFERS_KEPT:
-            del stream.offered_at[next(iter(stream.offered_at))]
-        if not self._link.send(stream.offer):
-            stream.silent = True
-
-    def collect(self, streams: Iterable[SteeredStream]) -> None:
-        """Wait until every one of ``streams`` has its answer or has waited long enough, all at the same time."""
-        streams = list(streams)
-        if self._link is not None:
-            self._receive(0.0)
-            while (wait_s := max((stream.wait_s(time.monotonic()) for stream in streams), default=0.0)) > 0:
-                self._receive(wait_s)
-        for stream in streams:
-            stream.undecided = stream.answer is not None
-            stream.silent |= stream.answer is None
-
-    def adopt(self, stream: SteeredStream, payload: bytes | None) -> None:
-        """Take over what rank 0 decided for the current position."""
-        stream.payload = payload
-        if payload is None:
-            stream.answer = None
-        elif stream.sampling is None:
-            stream.answer = decode(payload, self._vocab_size)
+        stream.waits_since = time.monotonic()
+        if stream.closed_by is not None and stream.request.on_missing == "wait":
+            stream.protocol.feed(message)
+            self._post(stream)  # it is begun again in its time
         else:
-            stream.answer = int.from_bytes(payload, "little")
+            self._ask(stream, message)
 
     def end(self, stream: SteeredStream, reason: EndReason, num_chosen: int) -> None:
         """Close a stream and report its counts; ``num_chosen`` tokens were chosen, and kept, since the last advance."""
         if self._streams.pop(stream.id, None) is None:
             return
         # Async scheduling runs one step past a stop token; what that step chose is thrown away as well.
-        if not stream.tokens or stream.tokens[-1] not in stream.stop_ids:
+        if not stream.taken_back and (not stream.tokens or stream.tokens[-1] not in stream.stop_ids):
             self._settle(stream, num_chosen)
         if self._link is None:
             return
-        self._link.send(End(stream.id, reason, "", stream.steered, stream.missed))
-        if stream.missed or stream.invalid:
-            why = f" (edge: {stream.closed_by})" if stream.closed_by else ""
+        self._link.send(End(stream.id, "failed" if stream.failure else reason, "", stream.steered, stream.missed))
+        if stream.missed or stream.invalid or stream.failure:
+            why = f" (edge: {stream.closed_by.reason})" if stream.closed_by else ""
             bad = f", {stream.invalid} unusable answers" if stream.invalid else ""
             logger.warning("stream %s by %s: %d tokens steered, %d missed%s%s",
                            stream.id, stream.request.worker, stream.steered, stream.missed, why, bad)  # fmt: skip
         else:
             logger.info("stream %s by %s: %d tokens steered", stream.id, stream.request.worker, stream.steered)
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """At the end of the process: report the streams that no further step of the engine will end."""
         for stream in list(self._streams.values()):
             self.end(stream, "finished", int(stream.undecided is not None))
@@ -169,14 +137,114 @@ class StreamTable:
         """Something failed, so it is not certain any more which delta belongs where: no token is steered from here on."""
         for stream in self._streams.values():
             stream.payload = stream.answer = None
-            stream.closed_by = "failed"
+            stream.closes(End(stream.id, "refused", "the engine failed to steer it"))
             stream.undecided = None if stream.undecided is None else False
+            self._post(stream)
+
+    # Questions and answers
+
+    def offer(self, stream: SteeredStream, payload: bytes) -> None:
+        """Edge fusion: ask the edge worker to choose the current position's token among the candidates in ``payload``."""
+        if stream.offer is not None or stream.closed_by is not None or self._link is None:
+            return
+        stream.offer = Candidates(stream.id, stream.position, stream.protocol.prefix_hash, payload)
+        stream.waits_since = stream.asked_at = stream.offered_at[stream.position] = time.monotonic()
+        stream.again_at, stream.asked_to_begin = stream.asked_at + _ASK_AGAIN_S, False
+        if len(stream.offered_at) > _MAX_OFFERS_KEPT:
+            del stream.offered_at[next(iter(stream.offered_at))]
+        stream.silent |= not self._link.send(stream.offer)
+        self._post(stream)
+
+    def look_after(self) -> None:
+        """Between two steps: take what has come, end what is over, ask again where an answer does not come."""
+        self._receive(0.0)
+        if self._board is not None:
+            for ticket, stream in [entry for entry in self._parked.items() if not self._board.is_live(entry[0])]:
+                del self._parked[ticket]
+                self.end(stream, "finished", int(stream.undecided is not None))
+        now = time.monotonic()
+        for stream in self._streams.values():
+            if stream.answer is None and self._link is not None:
+                self._review(stream, now)
+
+    def collect(self, streams: Iterable[SteeredStream], in_company: bool = False) -> None:
+        """Wait for the answers of one step, all at the same time, for as long as the step can afford it.
+
+        A stream whose answer does not come is taken back if its request can be held, and otherwise waited for until its deadline.
+        ``in_company``: the step holds other rows, which need no answer.
+        """
+        streams = list(streams)
+        if self._link is not None:
+            self._wait(streams, in_company)
+        now = time.monotonic()
+        for stream in streams:
+            self._decide(stream, now)
+
+    def adopt(self, stream: SteeredStream, payload: bytes | None, taken_back: bool = False) -> None:
+        """Take over what rank 0 decided for the current position."""
+        stream.payload, stream.taken_back = payload, taken_back
+        if payload is None:
+            stream.answer = None
+        elif stream.sampling is None:
+            stream.answer = decode(payload, self._vocab_size)
+        else:
+            stream.answer = int.from_bytes(payload, "little")
+
+    def _wait(self, streams: Sequence[SteeredStream], in_company: bool) -> None:
+        self._receive(0.0)
+        start = now = time.monotonic()
+        soonest = start if in_company else None  # when the first row of the step was ready
+        while open_ones := [stream for stream in streams if stream.state(now) in (State.ASKED, State.UNASKED)]:
+            if soonest is None and len(open_ones) < len(streams):
+                soonest = now
+            until = start + PATIENCE_S if soonest is None else soonest + grace_s(self.step_s)
+            stalled = [stream.deadline for stream in open_ones if not self._can_hold(stream)]
+            until = max([until, *stalled])
+            held = [stream.deadline for stream in open_ones if self._can_hold(stream)]
+            if held and not stalled:
+                until = min(until, max(held))
+            if now >= until:
+                return
+            self._receive(until - now)
+            now = time.monotonic()
+
+    def _can_hold(self, stream: SteeredStream) -> bool:
+        return self._board is not None and stream.request.ticket is not None
+
+    def _decide(self, stream: SteeredStream, now: float) -> None:
+        """What the step does with a stream's row: steer it, leave it unsteered, or take its token back."""
+        is_open = stream.state(now) is not State.SETTLED
+        stream.taken_back = is_open and self._can_hold(stream) and self._link is not None
+        stream.undecided = None if stream.taken_back else stream.answer is not None
+        stream.silent |= stream.answer is None and not stream.taken_back
+        ticket = stream.request.ticket
+        if self._board is not None and ticket is not None and self._link is not None:
+            self._board.take_back(ticket, stream.position if stream.taken_back else -1)
+
+    def _review(self, stream: SteeredStream, now: float) -> None:
+        stream.review(now)
+        if stream.request.on_missing == "wait" and stream.failure is None and now >= stream.again_at:
+            self._reopen(stream)
+        elif stream.state(now) is not State.ASKED:  # by the clock alone
+            self._post(stream)
+
+    def _reopen(self, stream: SteeredStream) -> None:
+        """Begin a stream again from the tokens it has; its token has waited since it was asked for first."""
+        waited_s = max(0.0, time.monotonic() - stream.waits_since)
+        was_closed, stream.closed_by = stream.closed_by, None
+        self._ask(stream, stream.begin())
+        if stream.offer is not None and self._link is not None:
+            self._link.send(stream.offer)
+        stream.again_at = time.monotonic() + (_REOPEN_S if was_closed else max(_ASK_AGAIN_S, 2 * waited_s))
 
     def _ask(self, stream: SteeredStream, message: Begin | Advance) -> None:
         stream.protocol.feed(message)
         stream.asked_at = time.monotonic()
+        stream.again_at, stream.asked_to_begin = stream.asked_at + _ASK_AGAIN_S, isinstance(message, Begin)
+        stream.waits_since = stream.waits_since or stream.asked_at
         if stream.closed_by is None and self._link is not None and not self._link.send(message):
             stream.silent = True
+        self._post(stream)
 
     def _settle(self, stream: SteeredStream, num_chosen: int) -> None:
         """Count the newest tokens: the first of them is the one decided on, others were chosen without asking here."""
@@ -185,23 +253,49 @@ class StreamTable:
         stream.missed += num_chosen - steered
         stream.undecided = None
 
+    def _post(self, stream: SteeredStream) -> None:
+        """Tell the scheduler how a stream stands."""
+        ticket = stream.request.ticket
+        if self._board is None or self._link is None or ticket is None:
+            return
+        if stream.failure is not None:
+            self._board.fail(ticket, stream.failure)
+            return
+        known = self._answer_times.get(stream.request.worker)
+        state = stream.state(time.monotonic())
+        answer_s = 0.0 if known is None or (stream.asked_to_begin and state is State.ASKED) else known.bound
+        self._board.write(ticket, stream.position, state, stream.asked_at, answer_s)
+
+    # Messages
+
     def _receive(self, timeout_s: float) -> None:
-        assert self._link is not None
+        if self._link is None:
+            return
         for message in self._link.receive(timeout_s):
+            if timeout_s > 0:  # it was waited for
+                self._looked_at = time.monotonic()
             self._handle(message)
+        self._looked_at = time.monotonic()
 
     def _handle(self, message: HubToEngine) -> None:
-        if isinstance(message, (Delta, Choice)):
-            self._take(message)
-        elif isinstance(message, End):
-            if stream := self._streams.get(message.stream):
-                stream.closed_by = message.reason
-        elif isinstance(message, Refused) and message.code == "join":
-            self._join_again()
-        elif isinstance(message, Refused):
-            logger.warning("the hub refuses this server: %s", message.sentence)
-        elif isinstance(message, (Joined, Admitted)):
-            logger.debug("hub: %s", type(message).__name__)
+        match message:
+            case Delta() | Choice():
+                self._take(message)
+            case End(stream=name):
+                if (stream := self._streams.get(name)) is not None:
+                    stream.closes(message)
+                    stream.again_at = time.monotonic() + _REOPEN_S
+                    self._post(stream)
+            case Reattached(stream=name):
+                if (stream := self._streams.get(name)) is not None and stream.closed_by is not None and stream.failure is None:
+                    stream.silent = False
+                    self._reopen(stream)
+            case Refused(code="join"):
+                self._join_again()
+            case Refused(sentence=sentence):
+                logger.warning("the hub refuses this server: %s", sentence)
+            case Joined() | Admitted():
+                logger.debug("hub: %s", type(message).__name__)
 
     def _join_again(self) -> None:
         """The hub restarted and knows neither us nor our streams: begin them again, from the tokens that they have."""
@@ -211,11 +305,8 @@ class StreamTable:
         self._joined_at = time.monotonic()
         self._link.join()
         for stream in self._streams.values():
-            asked_at = stream.asked_at
-            self._ask(stream, stream.begin())
-            if stream.offer is not None and stream.closed_by is None:
-                self._link.send(stream.offer)
-            stream.asked_at = asked_at  # its token has waited since then
+            if stream.failure is None:
+                self._reopen(stream)
 
     def _take(self, message: Delta | Choice) -> None:
         stream = self._streams.get(message.stream)
@@ -231,24 +322,23 @@ class StreamTable:
             return
         stream.silent = False
         try:
-            stream.answer = self._delta(stream, message) if isinstance(message, Delta) else _choice(stream, message)
+            stream.answer = stream.decoded(message, self._vocab_size)
         except InvalidDelta as error:
-            # No other answer will come for this position: do not wait for one.
-            stream.invalid += 1
-            stream.silent = True
+            stream.rejects(error)
             if stream.invalid == 1:  # a bad worker must not fill the log
                 logger.warning("stream %s: %s", stream.id, error)
+        else:
+            stream.payload = message.payload if isinstance(message, Delta) else message.token.to_bytes(4, "little")
+            stream.protocol.feed(message)
+            stream.failures = 0
+            self._note_answer_time(stream)
+        self._post(stream)
+
+    def _note_answer_time(self, stream: SteeredStream) -> None:
+        if stream.asked_to_begin:
             return
-        stream.payload = message.payload if isinstance(message, Delta) else message.token.to_bytes(4, "little")
-        stream.protocol.feed(message)
-
-    def _delta(self, stream: SteeredStream, message: Delta) -> DenseDelta | SparseDelta:
-        if stream.sampling is not None:
-            raise InvalidDelta("a delta came where a choice was asked for")
-        return decode(message.payload, self._vocab_size)
-
-
-def _choice(stream: SteeredStream, message: Choice) -> int:
-    if stream.offer is None or message.token not in decode_candidates(stream.offer.payload).ids:
-        raise InvalidDelta("a token was chosen that was not among the candidates")
-    return message.token
+        worker = stream.request.worker
+        if worker not in self._answer_times and len(self._answer_times) >= _MAX_WORKERS:
+            del self._answer_times[next(iter(self._answer_times))]
+        least = max(0.0, self._looked_at - stream.asked_at)
+        self._answer_times.setdefault(worker, AnswerTime()).note(least, time.monotonic() - stream.asked_at)

@@ -10,6 +10,7 @@ The life of a stream, seen from here:
     End from the engine              -> finished: forwarded, its counts are kept in a report
     Candidates from the engine       -> forwarded to the worker, which may answer with a Choice
     End from the worker, or it left  -> orphan: the engine is told; kept without a worker until the engine's End brings the counts
+    the worker is back               -> the engine is told (Reattached), and may send a Begin again
     the engine left or fell silent   -> finished with reason engine_gone: the worker is told
 """
 
@@ -40,6 +41,7 @@ from costeer_vllm.protocol.messages import (
     Join,
     Joined,
     Message,
+    Reattached,
     Refused,
     decode_edge_to_hub,
     decode_engine_to_hub,
@@ -191,6 +193,7 @@ class Router:
         self.engines: dict[bytes, Engine] = {}  # by identity
         self.streams: dict[str, HubStream] = {}  # oldest first
         self.reports: deque[Report] = deque(maxlen=self.limits.max_reports)
+        self._detached: defaultdict[str, set[str]] = defaultdict(set)  # worker -> its orphans that it may take up again
         self._attach_key = attach_key
         self._warned: set[bytes] = set()
 
@@ -255,6 +258,8 @@ class Router:
         self.totals.attaches["attached"] += 1
         logger.info("edge worker '%s' attached, %d attached now", attach.worker, len(self.attachments))
         self._send_edge(sends, connection, Attached(attach.worker, self.limits.heartbeat_s))
+        for stream_id in sorted(self._detached.pop(attach.worker, ())):
+            self._send_engine(sends, self.streams[stream_id].engine, Reattached(stream_id))
         return sends
 
     def _refuse_attach(self, attach: Attach) -> Refused | None:
@@ -406,6 +411,7 @@ class Router:
         sends: list[Send] = []
         attachment = self.workers.get(begin.worker)
         self._leave(sends, stream, attachment)
+        self._leave_detached(stream)
         stream.request, stream.worker, stream.seen = begin.request, begin.worker, now
         refusal = _refuse_begin(begin, attachment)
         if refusal is not None:
@@ -477,12 +483,21 @@ class Router:
     def _orphan(self, stream: HubStream, reason: EndReason, now: float) -> None:
         self._detach(stream)
         stream.reason, stream.seen = reason, now
+        if reason == "detached":
+            self._detached[stream.worker].add(stream.stream)
 
     def _detach(self, stream: HubStream) -> None:
         attachment = self.attachments.get(stream.connection) if stream.connection is not None else None
         if attachment is not None:
             attachment.streams.discard(stream.stream)
         stream.connection = None
+        self._leave_detached(stream)
+
+    def _leave_detached(self, stream: HubStream) -> None:
+        if (waiting := self._detached.get(stream.worker)) is not None:
+            waiting.discard(stream.stream)
+            if not waiting:
+                del self._detached[stream.worker]
 
     def _finish(self, stream: HubStream, reason: EndReason, tokens_steered: int = 0, tokens_missed: int = 0) -> None:
         self._detach(stream)

@@ -6,7 +6,7 @@ field added later must have a default, so that old edge workers keep working; an
     edge worker  -> hub     Attach, Delta, Choice, End
     hub          -> edge    Attached, Refused, Begin, Advance, Candidates, End
     engine       -> hub     Join, Admit, Begin, Advance, Candidates, End
-    hub          -> engine  Joined, Admitted, Refused, Delta, Choice, End
+    hub          -> engine  Joined, Admitted, Refused, Delta, Choice, End, Reattached
 
 In cloud fusion a Begin and each Advance are answered with a Delta; in edge fusion they are not, but each Candidates is answered
 with a Choice. What belongs to a stream is routed by it and forwarded byte for byte. No message has a field for private context,
@@ -209,10 +209,16 @@ class End(Message, frozen=True):
     tokens_missed: Count = 0
 
 
+class Reattached(Message, frozen=True):
+    """The edge worker of a stream that ended as ``detached`` is there again: the engine may Begin it anew."""
+
+    stream: StreamId
+
+
 EdgeToHub: TypeAlias = Attach | Delta | Choice | End
 HubToEdge: TypeAlias = Attached | Refused | Begin | Advance | Candidates | End
 EngineToHub: TypeAlias = Join | Admit | Begin | Advance | Candidates | End
-HubToEngine: TypeAlias = Joined | Admitted | Refused | Delta | Choice | End
+HubToEngine: TypeAlias = Joined | Admitted | Refused | Delta | Choice | End | Reattached
 
 encode = msgspec.msgpack.Encoder().encode
 decode_edge_to_hub = msgspec.msgpack.Decoder(EdgeToHub).decode

@@ -1,0 +1,150 @@
+"""What the scheduler and the processor of one engine tell each other: a table in shared memory, a row per steered request.
+
+vLLM's scheduler may live in another process than the logits processor, and the two meet in no call of vLLM's. Each field has one
+writer and eight bytes. A reader that sees a row half written takes a request for asked or answered a step too early or too late,
+which costs time and never a wrong token.
+
+    scheduler -> processor   live        the ticket, from the request's arrival until its end
+    processor -> scheduler   ticket      whose row the other fields speak of
+                             position    that the fields speak of: tokens generated before it
+                             state       of that position: see State
+                             asked_at    when its question was sent; seconds, monotonic, the same clock in all processes
+                             answer_s    how long an answer is expected to take at the most; 0: nothing is known
+                             taken_back  the position whose token the processor asks the scheduler to drop; -1: none
+                             sentence    why the request must fail
+"""
+
+import enum
+import heapq
+import mmap
+import os
+import secrets
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from costeer_vllm.engine import settings
+
+ROWS = 2**14  # steered requests at a time in one engine, waiting ones included; those beyond are steered without being held
+SENTENCE_BYTES = 384
+_HEADER = 64  # bytes; the first eight are the processor's step_s
+_ROW = np.dtype(
+    [
+        ("live", "<u8"),
+        ("ticket", "<u8"),
+        ("position", "<i8"),
+        ("state", "<i8"),
+        ("asked_at", "<f8"),
+        ("answer_s", "<f8"),
+        ("taken_back", "<i8"),
+        ("sentence", f"S{SENTENCE_BYTES}"),
+    ]
+)
+
+
+class State(enum.IntEnum):
+    """Of a position."""
+
+    UNASKED = 0
+    ASKED = 1
+    SETTLED = 2  # its answer is there, or is not worth another wait
+    FAILED = 3  # the request must end with an error
+
+
+class Board:
+    """One table. The processor writes rows, the scheduler hands out tickets."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the table at ``path``, or make it; the memory lasts for as long as somebody has it open."""
+        size = _HEADER + ROWS * _ROW.itemsize
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        try:
+            os.ftruncate(descriptor, size)  # sparse: a row takes memory once it is used
+            memory = mmap.mmap(descriptor, size)
+        finally:
+            os.close(descriptor)
+        self.rows = np.frombuffer(memory, _ROW, ROWS, _HEADER)
+        self._header = np.frombuffer(memory, "<f8", 1)
+
+    @property
+    def step_s(self) -> float:
+        """How long a step of the engine takes, as the processor measures it; seconds, 0 before the first."""
+        return float(self._header[0])
+
+    @step_s.setter
+    def step_s(self, seconds: float) -> None:
+        self._header[0] = seconds
+
+    def is_live(self, ticket: int) -> bool:
+        """Whether the scheduler still has the request, be it in a batch or not."""
+        return bool(self.rows["live"][ticket % ROWS] == ticket)
+
+    def write(self, ticket: int, position: int, state: State, asked_at: float = 0.0, answer_s: float = 0.0) -> None:
+        """What is known of the position that a request stands at."""
+        row = self.rows[ticket % ROWS]
+        if row["ticket"] != ticket:
+            row["taken_back"], row["ticket"] = -1, ticket
+        row["state"] = State.UNASKED  # until the rest is written
+        row["position"], row["asked_at"], row["answer_s"] = position, asked_at, answer_s
+        row["state"] = state
+
+    def fail(self, ticket: int, sentence: str) -> None:
+        """The request must end with an error that says ``sentence``."""
+        row = self.rows[ticket % ROWS]
+        row["sentence"] = sentence.encode(errors="replace")[:SENTENCE_BYTES]
+        row["ticket"], row["state"] = ticket, State.FAILED
+
+    def take_back(self, ticket: int, position: int) -> None:
+        """The token at ``position`` was chosen without its answer and shall not count; -1: the newest token counts."""
+        row = self.rows[ticket % ROWS]
+        row["taken_back"], row["ticket"] = position, ticket
+
+
+class Tickets:
+    """The scheduler's half: numbers that are never used twice, each of which is a row of the board for a while."""
+
+    def __init__(self, board: Board) -> None:
+        self._live = board.rows["live"]
+        self._free = list(range(ROWS))  # a heap: low rows first, so that few of them take memory
+        self._issued = 0
+
+    def issue(self) -> int | None:
+        """A live ticket; None if there is no row left."""
+        if not self._free:
+            return None
+        self._issued += 1
+        ticket = self._issued * ROWS + heapq.heappop(self._free)
+        self._live[ticket % ROWS] = ticket
+        return ticket
+
+    def withdraw(self, ticket: int) -> None:
+        """The request is over."""
+        self._live[ticket % ROWS] = 0
+        heapq.heappush(self._free, ticket % ROWS)
+
+
+def open_board(vllm_config: Any) -> Board | None:
+    """The board of an engine, for its processor and its scheduler alike; None if the server was not started with us."""
+    path = settings.board()
+    return None if path is None else Board(_path(path, vllm_config))
+
+
+def remove_board(vllm_config: Any) -> None:
+    """Take the board's name from the file system: all who need it have it open."""
+    if (path := settings.board()) is not None:
+        _path(path, vllm_config).unlink(missing_ok=True)
+
+
+def _path(path: Path, vllm_config: Any) -> Path:
+    rank = getattr(getattr(vllm_config, "parallel_config", None), "data_parallel_rank", 0)
+    return path.with_name(f"{path.name}-{rank}")
+
+
+def new_path() -> Path:
+    """Where the processes of a server that is about to start shall have their boards; each engine adds its rank."""
+    shared = Path("/dev/shm")
+    folder = shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+    return folder / f"costeer-{secrets.token_hex(8)}"
+

@@ -1,0 +1,183 @@
+"""vLLM's scheduler, sync and async, with one addition: a steered request whose answer is not there does not hold up the others.
+
+Before a step it is left out, if its wait would cost the step more than pace.py allows. After a step that has waited in vain the
+processor asks for the token back: it is dropped, and the position is computed again once the answer is there. What is known of
+each request stands on the board. Requests without a ticket, those that are not steered, take the way they always took.
+
+Leaving out a decoding request is what vLLM's own DiffusionScheduler does (``next_decode_eligible_step``), and dropping a sampled
+token what it does for a rejected draft: one computed token less, one placeholder less.
+"""
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from costeer_vllm.engine.board import ROWS, State, Tickets, open_board, remove_board
+from costeer_vllm.engine.hooks import NAME
+from costeer_vllm.engine.pace import limit_s, wait_s
+from costeer_vllm.request import with_ticket
+
+
+class _Steered:
+    """What the scheduler remembers of a steered request."""
+
+    __slots__ = ("fusion", "garbage", "leave_out", "request", "ticket")
+
+    def __init__(self, request: Request, ticket: int, fusion: str) -> None:
+        self.request, self.ticket, self.fusion = request, ticket, fusion
+        self.leave_out = False  # of the next step, whatever the board says: runner V1 then forgets the token that was dropped
+        self.garbage = 0  # runner V1: steps in flight that were fed a dropped token
+
+
+class _Holding(Scheduler):  # type: ignore[misc]
+    """The addition; see the module's head."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._board = open_board(self.vllm_config)
+        remove_board(self.vllm_config)  # the workers, who have it open, were started before
+        self._tickets = None if self._board is None else Tickets(self._board)
+        self._steered: dict[str, _Steered] = {}  # by request id
+        self._sampling: dict[int, list[_Steered]] = {}  # by the id of a step's SchedulerOutput: who gets a token in it
+
+    def add_request(self, request: Request) -> None:
+        """Give a steered request its ticket, which the processor finds among its parameters."""
+        params = request.sampling_params
+        asked = (params.extra_args or {}).get(NAME) if params is not None else None
+        if isinstance(asked, dict) and self._tickets is not None and request.request_id not in self.requests:
+            ticket = self._tickets.issue()
+            params.extra_args = {**params.extra_args, NAME: with_ticket(asked, ticket)}
+            if ticket is not None:
+                self._steered[request.request_id] = _Steered(request, ticket, asked.get("fusion", "cloud"))
+        super().add_request(request)
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """A step without the requests that it cannot afford to wait for."""
+        if not self._steered:
+            return super().schedule(throttle_prefills)
+        for request in self._left_out():
+            # schedule() counts current_step up before it compares.
+            request.next_decode_eligible_step = max(request.next_decode_eligible_step, self.current_step + 2)
+        output = super().schedule(throttle_prefills)
+        steps = (self._steered.get(request_id) for request_id in output.num_scheduled_tokens)
+        self._sampling[id(output)] = [steered for steered in steps if steered and not steered.request.is_prefill_chunk]
+        return output
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, output: ModelRunnerOutput) -> dict[int, EngineCoreOutputs]:
+        """Drop the tokens that the processor takes back, and end with an error what must fail."""
+        sampling = self._sampling.pop(id(scheduler_output), [])
+        failed = self._fail() if self._steered else []
+        taken_back = [steered for steered in sampling if self._is_taken_back(steered, output)]
+        for steered in taken_back:
+            output.sampled_token_ids[output.req_id_to_index[steered.request.request_id]].clear()
+        outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, output)
+        for steered in taken_back:
+            self._roll_back(steered)
+        for request, sentence in failed:
+            ended = EngineCoreOutput(
+                request_id=request.request_id,
+                new_token_ids=[],
+                finish_reason=request.get_finished_reason(),
+                stop_reason=sentence,
+                events=request.take_events(),
+                trace_headers=request.trace_headers,
+            )
+            outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(ended)
+        return outputs
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        steered = self._steered.pop(request.request_id, None)
+        if steered is not None and self._tickets is not None:
+            self._tickets.withdraw(steered.ticket)
+        return super()._free_request(request, *args, **kwargs)
+
+    # --- before a step
+
+    def _left_out(self) -> Iterable[Request]:
+        assert self._board is not None
+        waits = {request: self._wait(steered) for request, steered in self._decoding()}
+        others = len(self.running) > len(waits) or bool(self.waiting)
+        limit = limit_s([0.0, *waits.values()] if others else list(waits.values()), self._board.step_s)
+        for request, wait in waits.items():
+            steered = self._steered[request.request_id]
+            if wait > limit or steered.leave_out:
+                steered.leave_out = False
+                yield request
+
+    def _decoding(self) -> Iterable[tuple[Request, _Steered]]:
+        for request in self.running:
+            steered = self._steered.get(request.request_id)
+            if steered is not None and not request.is_prefill_chunk:
+                yield request, steered
+
+    def _wait(self, steered: _Steered) -> float:
+        """W of a request, as pace.py defines it."""
+        assert self._board is not None
+        row = self._board.rows[steered.ticket % ROWS]
+        request, state = steered.request, int(row["state"])
+        position = request.num_output_tokens + request.num_output_placeholders
+        now, step_s = time.monotonic(), self._board.step_s
+        if row["ticket"] != steered.ticket:  # the processor has not seen it yet
+            return 0.0
+        if state == State.FAILED:
+            return float("inf")
+        if row["position"] == position and state == State.ASKED:
+            return wait_s(float(row["asked_at"]), float(row["answer_s"]), now, step_s)
+        is_asked_first = steered.fusion == "cloud" and (self.use_v2_model_runner or not request.num_output_placeholders)
+        if row["position"] == position or not is_asked_first:
+            return 0.0  # its answer is there; or it is asked only in the course of the step
+        return wait_s(None, float(row["answer_s"]), now, step_s)
+
+    # --- after a step
+
+    def _is_taken_back(self, steered: _Steered, output: ModelRunnerOutput) -> bool:
+        """Model Runner V2 has dropped the token by itself; runner V1 gives it out, and whatever followed from it."""
+        request = steered.request
+        index = output.req_id_to_index.get(request.request_id)
+        if index is None or not output.sampled_token_ids or request.status != RequestStatus.RUNNING:
+            return False
+        if self.use_v2_model_runner:
+            return not output.sampled_token_ids[index]
+        if steered.garbage:
+            steered.garbage -= 1
+            return True
+        assert self._board is not None
+        row = self._board.rows[steered.ticket % ROWS]
+        return bool(row["ticket"] == steered.ticket and row["taken_back"] == request.num_output_tokens)
+
+    def _roll_back(self, steered: _Steered) -> None:
+        request = steered.request
+        if request.status != RequestStatus.RUNNING:
+            return
+        request.num_computed_tokens -= 1
+        request.num_output_placeholders = max(0, request.num_output_placeholders - 1)
+        if not self.use_v2_model_runner:
+            steered.leave_out = True
+            steered.garbage = request.num_in_flight_tokens
+
+    def _fail(self) -> list[tuple[Request, str]]:
+        """The requests that must fail, ended, and why."""
+        assert self._board is not None
+        rows = self._board.rows
+        why = {
+            request_id: bytes(rows["sentence"][steered.ticket % ROWS]).decode(errors="replace")
+            for request_id, steered in self._steered.items()
+            if rows["state"][steered.ticket % ROWS] == State.FAILED and rows["ticket"][steered.ticket % ROWS] == steered.ticket
+        }
+        ended = self.finish_requests(list(why), RequestStatus.FINISHED_ERROR) if why else []
+        return [(request, why[request.request_id]) for request in ended]
+
+
+class HoldingScheduler(_Holding):
+    """For synchronous scheduling."""
+
+
+class HoldingAsyncScheduler(_Holding, AsyncScheduler):  # type: ignore[misc]
+    """For asynchronous scheduling."""
