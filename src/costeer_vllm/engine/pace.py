@@ -78,6 +78,10 @@ class StepClock:
         self._started_at, self._waited_s, self._has_waited = now, 0.0, False
         return self._step_s
 
+    def stop(self) -> None:
+        """Nothing is steered at the moment: what follows is no part of a step."""
+        self._started_at = None
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Around the wait for answers, which every step with steered rows has."""

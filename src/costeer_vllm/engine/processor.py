@@ -212,11 +212,13 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
 
     def _start_step(self) -> None:
         """Between two steps: what streams need that are in no batch, and the clock."""
-        if self._table is not None and len(self._table):
-            self._table.look_after()
-            self._table.step_s = self._clock.start_step()
-            if self._board is not None and self._ranks.is_first:
-                self._board.step_s = self._table.step_s
+        if self._table is None or not len(self._table):
+            self._clock.stop()
+            return
+        self._table.look_after()
+        self._table.step_s = self._clock.start_step()
+        if self._board is not None and self._ranks.is_first:
+            self._board.step_s = self._table.step_s
 
     def _offer_if_possible(self, logits: torch.Tensor, rows: Mapping[int, SteeredStream]) -> None:
         """Whatever fails here fails on this rank alone, and must not keep it from what all ranks do together."""
