@@ -55,7 +55,8 @@ def params(name: str | None = None, strength: float = STRENGTH, **fields: Any) -
     """Of a request steered under ``name``; of an ordinary one if None."""
     if name is None:
         return SamplingParams(stop_token_ids=[STOP])
-    request = SteeringRequest(name, "laptop", Query(prompt="Hello?"), strength, **{"deadline_ms": 60_000.0, **fields})
+    given = {"deadline_ms": 60_000.0, "on_missing": "continue", **fields}
+    request = SteeringRequest(name, "laptop", Query(prompt="Hello?"), strength, **given)
     return SamplingParams(stop_token_ids=[STOP], extra_args={"costeer": to_extra_args(request)})
 
 
@@ -91,8 +92,8 @@ def accounts(hub: FakeHub) -> tuple[Counter[str], Counter[str]]:
 def leave(processor: CoSteerLogitsProcessor) -> None:
     """What happens at the end of the engine's process."""
     if processor._table is not None:
-        atexit.unregister(processor._table.leave)
-        processor._table.leave()
+        atexit.unregister(processor._table.close)
+        processor._table.close()
 
 
 def hear_out(hub: FakeHub, processor: CoSteerLogitsProcessor) -> None:
@@ -682,7 +683,7 @@ def test_an_edge_fused_request_whose_tokens_are_taken_back_begins_again_at_the_e
     processor.apply(logits := torch.zeros(1, VOCAB))
     assert logits.isfinite().nonzero().tolist() == [[0, choice_of(tokens, range(VOCAB))]]
     assert [(begin.tokens, begin.sampling) for begin in hub.messages(Begin)] == [([], Sampling()), (tokens, Sampling())]
-    base = list(edges_of(hub).offers.values())[1][0]
+    base = next(iter(edges_of(hub).offers.values()))[0]
     assert base.ids[base.log_probs.argmin()] == tokens[0], "penalties go on as well"
 
 
