@@ -602,13 +602,33 @@ def test_chunks_of_a_prefill_neither_ask_nor_wait(processor: CoSteerLogitsProces
 
 
 def test_which_rows_are_chunks_is_told_before_they_are_sampled() -> None:
-    ours, other = SimpleNamespace(unfinished_rows=frozenset({7})), SimpleNamespace()
-    batch = SimpleNamespace(num_reqs=3, logitsprocs=SimpleNamespace(non_argmax_invariant=[other, ours]))
+    ours = SimpleNamespace(unfinished_rows=frozenset({7}), steered_rows={1}, taken_back_rows=frozenset())
+    other = SimpleNamespace()
+    batch = SimpleNamespace(num_reqs=3, generators={}, logitsprocs=SimpleNamespace(non_argmax_invariant=[other, ours]))
     mask = SimpleNamespace(np=np.array([True, False, True, True]))  # the last is left over from a larger batch
     runner = SimpleNamespace(input_batch=batch, discard_request_mask=mask)
     seen = hooks._sample(lambda runner, logits, spec=None: (ours.unfinished_rows, logits, spec), runner, "logits", spec=1)
     assert seen == (frozenset({0, 2}), "logits", 1)
     assert not hasattr(other, "unfinished_rows")
+
+
+def test_a_seeded_row_whose_token_is_taken_back_draws_the_same_number_again() -> None:
+    steered, kept, plain = (torch.Generator().manual_seed(seed) for seed in (1, 2, 3))
+    ours = SimpleNamespace(unfinished_rows=frozenset(), steered_rows={0, 1, 9}, taken_back_rows=frozenset())
+    generators = {0: steered, 1: kept, 2: plain}
+    batch = SimpleNamespace(num_reqs=3, generators=generators, logitsprocs=SimpleNamespace(non_argmax_invariant=[ours]))
+    runner = SimpleNamespace(input_batch=batch, discard_request_mask=SimpleNamespace(np=np.zeros(3, bool)))
+
+    def draw(runner: Any) -> list[float]:
+        ours.taken_back_rows = taken_back
+        return [float(torch.rand(1, generator=generator)) for generator in generators.values()]
+
+    taken_back = frozenset({0})
+    first = hooks._sample(draw, runner)
+    taken_back = frozenset()
+    second = hooks._sample(draw, runner)
+    assert second[0] == first[0]
+    assert (second[1] != first[1], second[2] != first[2]) == (True, True)
 
 
 def test_a_token_that_was_not_offered_is_not_forced(processor: CoSteerLogitsProcessor, hub: FakeHub) -> None:

@@ -12,7 +12,7 @@ An exception in one of these hooks would end vLLM's engine, so every one of them
 import atexit
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -104,6 +104,11 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
             raise InvalidParameter("thinking_token_budget", budget, "left out where fusion is 'edge'")
 
     # Runner V1
+
+    @property
+    def steered_rows(self) -> Collection[int]:
+        """Of runner V1's batch."""
+        return self._rows.keys()
 
     def is_argmax_invariant(self) -> bool:
         """False: steering changes the greedy choice."""

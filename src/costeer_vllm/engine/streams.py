@@ -233,7 +233,7 @@ class StreamTable:
 
     def _review(self, stream: SteeredStream, now: float) -> None:
         stream.review(now)
-        if stream.request.on_missing == "wait" and stream.failure is None and now >= stream.again_at:
+        if stream.request.on_missing == "wait" and stream.failure is None and stream.is_asked and now >= stream.again_at:
             self._reopen(stream)
         elif stream.state(now) is not State.ASKED:  # by the clock alone
             self._post(stream)
