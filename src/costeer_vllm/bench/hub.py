@@ -5,10 +5,10 @@
     python -m costeer_vllm.bench.hub --json FILE             and every window as JSON
 
 One engine's end asks by ``Advance`` over ZeroMQ, at random times (a Poisson process, the same at every run), one stream of every
-edge worker in its turn. The edge workers' ends, raw WebSockets (RFC 6455) on asyncio protocols, answer at once with a ``Delta``. All
-of these live in one thread. Latency is the time from the engine's send until it has the delta: two ways through the hub, four
-socket hops and what the thread's own work keeps waiting, which is told beside it: the two processes' shares of their cores, and how
-late the engine's end asked.
+edge worker in its turn. The edge workers' ends, raw WebSockets (RFC 6455) on asyncio protocols, answer at once with a ``Delta``.
+All of these live in one thread. Latency is the time from the engine's send until it has the delta: two ways through the hub, four
+socket hops, and what the work of that thread keeps waiting: it shows in the processes' shares of their cores and in how
+late the engine's end asked, which stand beside it.
 """
 
 import argparse
