@@ -44,6 +44,10 @@ def test_ratios_are_paired_by_repetition(samples: Samples) -> None:
     assert figure(samples, "step_ratio", streams=1).values == (10.0, 10.0, 10.0)
 
 
+def test_the_last_value_is_that_of_the_circumstances(samples: Samples) -> None:
+    assert samples.last("steered", streams=8) == 180.0
+
+
 def test_what_was_not_measured_has_no_ratio() -> None:
     samples = Samples()
     samples.add("plain", "tokens/s", 2.0, streams=1)

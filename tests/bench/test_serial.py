@@ -2,6 +2,7 @@
 
 import os
 import random
+import threading
 from typing import Any
 
 import pytest
@@ -67,6 +68,25 @@ def test_the_small_step_is_taken_for_every_stream(pair: tuple[Any, Any], tmp_pat
     local = Local(small, SHAPES[0], VOCAB, Cores(None, None, ""))
     assert all(value > 0 for value in local.small_step_ms(3, 2, encoding))
     assert len(local.serial(3).ids) == 3
+
+
+def test_the_small_model_works_beside_others_until_it_is_told_to_stop(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    local = Local(models.write_small(tmp_path / "small", SHAPES[1], VOCAB), SHAPES[0], VOCAB, Cores(None, None, ""))
+    step, steps, many = local._step, [], threading.Event()
+
+    def counted(pairs: list[Any], encoding: str) -> tuple[float, float]:
+        steps.append(len(pairs))
+        if len(steps) == 3:
+            many.set()
+        return step(pairs, encoding)
+
+    monkeypatch.setattr(local, "_step", counted)
+    with local.at_work(2, 1.0, "sparse"):
+        assert many.wait(60)
+    num_steps = len(steps)
+    assert set(steps) == {2}
+    assert all(value > 0 for value in local.small_step_ms(1, 1, "sparse"))  # its rows are free again
+    assert len(steps) == num_steps + 1
 
 
 def test_a_core_is_left_again() -> None:

@@ -16,6 +16,8 @@ RATIOS = {  # name: numerator, denominator; taken repetition by repetition
     "idle/plain": ("idle", "plain"),
     "steered/plain": ("steered", "plain"),
     "edge_fused/plain": ("edge_fused", "plain"),
+    "steered/beside": ("steered", "beside"),
+    "beside/plain": ("beside", "plain"),
     "steered/serial": ("steered", "serial"),
     "step_ratio": ("plain_step", "small_step"),
     "look_ahead/waiting": ("look_ahead", "waiting"),
@@ -106,6 +108,10 @@ class Samples:
     def add(self, name: str, unit: str, value: float, **at: int) -> None:
         self.units[name] = unit
         self.values.setdefault((name, tuple(sorted(at.items()))), []).append(value)
+
+    def last(self, name: str, **at: int) -> float:
+        """The newest value."""
+        return self.values[name, tuple(sorted(at.items()))][-1]
 
     def figures(self) -> list[Figure]:
         """What was measured, then what follows from it, pair by pair."""

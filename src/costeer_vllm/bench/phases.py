@@ -5,6 +5,7 @@
     (c) steered     the same server, every request steered by one edge worker on this machine, cloud fusion
     (d) edge_fused  the same in edge fusion
     (e) serial      the paper's loop in one process: see serial.py
+    (f) beside      (a), while the small model takes the steps of (c) in this process: what sharing one machine costs
 
 Every repetition measures all of them, one after the other, so that a ratio is one of neighbors in time.
 """
@@ -29,7 +30,7 @@ EDGE_FUSED = STEERING | {"fusion": "edge"}
 def num_steps(bench: Bench) -> int:
     """Four starts, and every phase in every repetition and in the warm-up."""
     settings = bench.settings
-    return 4 + (1 + settings.repetitions) * (4 * len(settings.streams) + 1)
+    return 4 + (1 + settings.repetitions) * (5 * len(settings.streams) + 1)
 
 
 def measure(bench: Bench) -> None:
@@ -73,6 +74,7 @@ class Turns:
         tokens = {streams: min(most_tokens, settings.tokens_of(streams)) for streams in settings.streams}
         for streams in settings.streams:
             self._vllm(label, streams, tokens[streams], samples)
+            self._beside(label, streams, tokens[streams], samples)
             self._small_step(streams, samples)
         self._bench.say(f"{label}: {PHASES['serial']}", settle=True)
         run = self._local.serial(min(settings.serial_tokens, most_tokens))
@@ -96,6 +98,14 @@ class Turns:
             if steering is not None:
                 self._counts(phase, streams, result, samples)
 
+    def _beside(self, label: str, streams: int, num_tokens: int, samples: Samples) -> None:
+        self._bench.say(f"{label}: {PHASES['beside']}, {streams} at a time", settle=True)
+        period_ms = samples.last("steered_step", streams=streams)
+        with self._local.at_work(streams, period_ms, self._bench.settings.delta):
+            result = self._plain.load(streams, num_tokens)
+        samples.add("beside", "tokens/s", result.tokens_per_s, streams=streams)
+        samples.add("beside_step", "ms", result.step_ms, streams=streams)
+
     def _counts(self, phase: str, streams: int, result: Result, samples: Samples) -> None:
         samples.add(f"{phase}_tokens", "tokens", result.steered, streams=streams)
         samples.add(f"{phase}_missed", "tokens", result.missed, streams=streams)
@@ -118,6 +128,8 @@ def notes(bench: Bench) -> list[str]:
         "Ratios are taken within each repetition, in which the phases follow one another.",
         "(e) has a batch of one, one stream after another, so its tokens/s hardly depend on their number. It is measured over "
         f"{min(settings.serial_tokens, settings.tokens)} tokens per repetition and reckoned for as many as the others.",
+        "(f): the edge worker's place is another machine; here the two models share caches, memory and perhaps, behind two "
+        "virtual cores, one real one. Against (f) steering has to answer for what it does itself; against (a) also for that.",
         "Milliseconds per step of (a) to (d) are vLLM's own mean time between two tokens of a stream; those of the small model "
         "are measured alone: two rows per stream to log-probabilities, then their deltas to bytes.",
     ]

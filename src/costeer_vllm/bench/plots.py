@@ -8,7 +8,7 @@ from costeer_vllm.bench.figures import TARGETS, Figure
 from costeer_vllm.bench.report import PHASES
 from costeer_vllm.errors import Unsupported
 
-COLORS = ("#666666", "#0072b2", "#009e73", "#d55e00", "#cc79a7")  # of Okabe and Ito, in the order of the phases
+COLORS = ("#666666", "#0072b2", "#009e73", "#d55e00", "#cc79a7", "#e69f00")  # of Okabe and Ito, in the order of the phases
 MET, MISSED = "#009e73", "#d55e00"
 
 

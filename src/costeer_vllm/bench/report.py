@@ -18,6 +18,7 @@ PHASES = {
     "steered": "(c) steered, cloud fusion",
     "edge_fused": "(d) steered, edge fusion",
     "serial": "(e) the paper's serial loop",
+    "beside": "(f) plain vLLM, the small model at work beside it",
 }
 
 
@@ -42,14 +43,17 @@ SECTIONS = (
         "ratios, paired",
         "streams",
         "{} at a time",
-        {name: _over(name) for name in ("idle/plain", "steered/plain", "edge_fused/plain", "steered/serial")},
+        {
+            name: _over(name)
+            for name in ("idle/plain", "steered/plain", "edge_fused/plain", "steered/serial", "beside/plain", "steered/beside")
+        },
     ),
     Section(
         "milliseconds per step",
         "streams",
         "{} at a time",
         {
-            **{f"{phase}_step": PHASES[phase] for phase in ("plain", "idle", "steered", "edge_fused")},
+            **{f"{phase}_step": PHASES[phase] for phase in ("plain", "idle", "steered", "edge_fused", "beside")},
             "small_step": "small model, both rows of every stream",
             "step_ratio": "(a) / small model",
             "encode": "deltas to bytes",
