@@ -1,6 +1,5 @@
 """The serial loop generates what Algorithm 1 generates, and its arithmetic for throughput is right."""
 
-import os
 import random
 import threading
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 
 from costeer_vllm.bench import models
 from costeer_vllm.bench.local import Local
-from costeer_vllm.bench.machine import Cores, choose_cores, facts, load, on_core
+from costeer_vllm.bench.machine import Cores
 from costeer_vllm.bench.models import Shape
 from costeer_vllm.bench.serial import SerialRun, iterate, serial_loop
 from costeer_vllm.demo.algorithm1 import algorithm1, personalize
@@ -87,16 +86,3 @@ def test_the_small_model_works_beside_others_until_it_is_told_to_stop(tmp_path: 
     assert set(steps) == {2}
     assert all(value > 0 for value in local.small_step_ms(1, 1, "sparse"))  # its rows are free again
     assert len(steps) == num_steps + 1
-
-
-def test_a_core_is_left_again() -> None:
-    before = os.sched_getaffinity(0)
-    with on_core(min(before)):
-        assert os.sched_getaffinity(0) == {min(before)}
-    assert os.sched_getaffinity(0) == before
-
-
-def test_the_machine_is_described() -> None:
-    assert {"cpu", "cores", "torch", "vllm"} <= facts().keys()
-    assert choose_cores().note.endswith(".")
-    assert load() >= 0
