@@ -1,4 +1,4 @@
-"""What the performance report asks of a server, asked of a real one: exact numbers of tokens, counts, one stream beside others."""
+"""What the report asks of a server, asked of a real one: exact numbers of tokens, counts, and one stream beside others."""
 
 import contextlib
 from collections.abc import Iterator

@@ -26,7 +26,11 @@ class Bench:
         """What begins now; first the machine comes to rest if it is to be timed."""
         self.on_step(what)
         if settle:
-            time.sleep(SETTLE_S)
+            self.settle()
+
+    def settle(self) -> None:
+        """Let the machine come to rest."""
+        time.sleep(SETTLE_S)
 
     def repetitions(self) -> Iterator[str]:
         """A label for each."""

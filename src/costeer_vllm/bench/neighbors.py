@@ -11,7 +11,7 @@ from costeer_vllm.bench.relay import relay
 
 SLOW_MS = 500  # the slow edge's answers
 STREAMS = 7
-MOST_TOKENS = 32  # of each of the seven
+MOST_TOKENS = 24  # of each of the seven
 SLOW_WORKER = "slow"
 SLOW = STEERING | {"worker": SLOW_WORKER}
 BESIDE = {"beside_fast": STEERING, "beside_slow": SLOW}  # who steers the eighth stream

@@ -111,6 +111,7 @@ class Turns:
         samples.add(f"{phase}_missed", "tokens", result.missed, streams=streams)
 
     def _small_step(self, streams: int, samples: Samples) -> None:
+        self._bench.settle()
         step_ms, encode_ms = self._local.small_step_ms(streams, SMALL_STEPS, self._bench.settings.delta)
         samples.add("small_step", "ms", step_ms, streams=streams)
         samples.add("encode", "ms", encode_ms, streams=streams)

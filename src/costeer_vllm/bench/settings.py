@@ -7,7 +7,7 @@ from typing import Literal
 from costeer_vllm.bench import models
 from costeer_vllm.errors import InvalidParameter
 
-BATCH_TOKENS = 1024  # of all streams of a phase together: many at a time need not be watched as long as one alone
+BATCH_TOKENS = 640  # of all streams of a phase together: many at a time need not be watched as long as one alone
 
 
 @dataclass(frozen=True, slots=True)
