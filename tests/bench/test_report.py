@@ -39,7 +39,7 @@ def test_every_section_shows_its_axis(samples: Samples) -> None:
     shown = cells(samples)
     assert shown["ratios, paired"]["(b) / (a)"] == ("0.95 (0.90-1.00)", "0.95 (0.90-1.00)")
     assert shown["tokens per second of one stream, by round trip to the edge"]["ratio"] == ("3.00", "3.00")
-    assert shown["the hub alone"] == {"added latency, p99 (ms)": ("7.00",)}
+    assert shown["the hub alone"] == {"latency through it, p99 (ms)": ("7.00",)}
     assert "tokens per second of seven streams" not in shown  # nothing of it was measured
 
 
@@ -48,7 +48,7 @@ def test_targets_are_met_missed_or_not_measured(samples: Samples) -> None:
     assert len(shown) == len(TARGETS)
     assert shown["idle / plain, 1 stream"][2] == "**no**"
     assert shown["look-ahead / without, 50 ms round trip"][1:] == ("3.00", "yes")
-    assert shown["hub, 1,000 edges: added latency, p99 (ms)"] == ("≤ 5", "7.00", "**no**")
+    assert shown["hub, 1,000 edges: latency through it, p99 (ms)"] == ("≤ 5", "7.00", "**no**")
     assert shown["hub, 1,000 edges: deltas lost"][1:] == ("not measured", "")
 
 

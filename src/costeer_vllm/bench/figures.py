@@ -52,7 +52,7 @@ TARGETS = (
     Target("steered / the paper's serial loop, 1 stream", "steered/serial", ONE, 2.0),
     Target("seven beside a slow edge / beside a fast one", "beside_slow/beside_fast", (), 0.95),
     Target("look-ahead / without, 50 ms round trip", "look_ahead/waiting", (("round_trip_ms", 50),), 2.0),
-    Target("hub, 1,000 edges: added latency, p99 (ms)", "hub_p99", HUB, 5.0, at_least=False),
+    Target("hub, 1,000 edges: latency through it, p99 (ms)", "hub_p99", HUB, 5.0, at_least=False),
     Target("hub, 1,000 edges: deltas lost", "hub_lost", HUB, 0.0, at_least=False),
     Target("steer_inplace / copy, float32, 1 thread", "steer/copy float32", (("threads", 1),), 0.7),
     Target("steer_inplace / copy, float32, 2 threads", "steer/copy float32", (("threads", 2),), 0.7),

@@ -53,7 +53,7 @@ def _phases(by_key: dict[tuple[str, int | None], Figure]) -> Any:
     counts = sorted({streams for name, streams in by_key if name in PHASES and streams is not None})
     if not counts:
         return None
-    picture, axes = _figure(8, 4.2)
+    picture, axes = _figure(8, 4.8)
     width = 0.8 / len(PHASES)
     for i, (name, title) in enumerate(PHASES.items()):
         shown = [(at, by_key[name, streams]) for at, streams in enumerate(counts) if (name, streams) in by_key]
@@ -63,8 +63,8 @@ def _phases(by_key: dict[tuple[str, int | None], Figure]) -> Any:
         axes.errorbar(places, [figure.median for figure in drawn], _ranges(drawn), fmt="none", ecolor="black", capsize=2, lw=0.8)
     axes.set_xticks(range(len(counts)), [f"{streams} stream{'s' * (streams > 1)}" for streams in counts])
     axes.set_ylabel("tokens per second, all streams")
-    axes.set_title("Medians; bars: minimum to maximum", fontsize=10)
-    axes.legend(frameon=False, fontsize=9)
+    axes.set_title("Medians; thin bars: minimum to maximum", fontsize=10)
+    picture.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return picture
 
 
@@ -80,6 +80,7 @@ def _round_trips(figures: Sequence[Figure]) -> Any:
             medians = [figure.median for figure in shown]
             axes.errorbar(places, medians, _ranges(shown), color=color, marker=marker, markersize=5, capsize=3, label=title)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("round trip between the edge worker and the hub (ms)")
     axes.set_ylabel("tokens per second")
     axes.set_title("One stream of the demo pair, T = 1", fontsize=10)
@@ -98,10 +99,11 @@ def _targets(figures: Sequence[Figure]) -> Any:
         assert target is not None
         factor = figure.median / target.bound if target.at_least else target.bound / max(figure.median, 1e-9)
         axes.barh(place, factor, 0.6, color=MET if target.is_met(figure.median) else MISSED)
-        axes.annotate(f"{figure.median:.3g}", (factor, place), (4, -3), textcoords="offset points", fontsize=8)
+        axes.annotate(f"{figure.median:.3g}", (max(1.0, factor), place), (4, -3), textcoords="offset points", fontsize=8)
     axes.axvline(1, color="black", linewidth=0.9)
     axes.set_yticks(range(len(found)), [f"{target.title}, {target}" for target, _ in found if target], fontsize=8)
-    axes.set_xlabel("median relative to its target; at the line or to its right it is met; figures: the medians")
+    axes.set_xlabel("median relative to its target")
+    axes.set_title("At the line or to its right a target is met; figures: medians", fontsize=10)
     axes.set_xlim(0, max(2.0, axes.get_xlim()[1]))
     return picture
 

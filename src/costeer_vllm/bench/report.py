@@ -84,9 +84,9 @@ SECTIONS = (
         "{} edges",
         {
             "hub_rate": "deltas per second",
-            "hub_p50": "added latency, median (ms)",
-            "hub_p99": "added latency, p99 (ms)",
-            "hub_max": "added latency, longest (ms)",
+            "hub_p50": "latency through it, median (ms)",
+            "hub_p99": "latency through it, p99 (ms)",
+            "hub_max": "latency through it, longest (ms)",
             "hub_lost": "lost",
             "hub_share": "share of its core",
             "load_share": "the load's share of another",
@@ -96,7 +96,7 @@ SECTIONS = (
     Section(
         "steer_inplace / copy of the same bytes, 64 rows of 152,064, dense deltas",
         "threads",
-        "{} threads",
+        "threads: {}",
         {f"steer/copy {kind}": kind for kind in ("float32", "float16", "bfloat16")},
     ),
 )
