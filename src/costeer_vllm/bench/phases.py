@@ -129,8 +129,8 @@ def notes(bench: Bench) -> list[str]:
         "Ratios are taken within each repetition, in which the phases follow one another.",
         "(e) has a batch of one, one stream after another, so its tokens/s hardly depend on their number. It is measured over "
         f"{min(settings.serial_tokens, settings.tokens)} tokens per repetition and reckoned for as many as the others.",
-        "(f): the edge worker's place is another machine; here the two models share caches, memory and perhaps, behind two "
-        "virtual cores, one real one. Against (f) steering has to answer for what it does itself; against (a) also for that.",
+        "(f): the edge worker's place is another machine; here the two models share caches and memory, and the core that is left "
+        "for all else. Against (f) steering has to answer for what it does itself; against (a) also for that.",
         "Milliseconds per step of (a) to (d) are vLLM's own mean time between two tokens of a stream; those of the small model "
         "are measured alone: two rows per stream to log-probabilities, then their deltas to bytes.",
     ]

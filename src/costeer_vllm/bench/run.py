@@ -1,6 +1,7 @@
 """The performance report: its parts one after the other, and what each leaves behind even if it, or the next one, fails."""
 
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,8 @@ def run_bench(settings: BenchSettings, names: Sequence[str], outputs: Outputs) -
 
         def on_step(what: str) -> None:
             progress.update(task, description=what, advance=1)
+            if not console.is_terminal:  # a log has no progress bar
+                console.print(f"{time.strftime('%H:%M:%S')} {what}", highlight=False)
             _save(outputs.json, samples, facts)
 
         benches = {part: _bench(settings, Path(name) / part, on_step, samples) for part in names}
