@@ -203,17 +203,27 @@ def demo(
 @app.command()
 def bench(
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")] = None,
-    streams: Annotated[str, typer.Option(help="Streams at a time: numbers with commas between them.")] = "1,8",
-    tokens: Annotated[int, typer.Option(help="Tokens per stream.")] = 64,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the tables to this file, or between its marks if it has them.")
+    ] = None,
+    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw pictures (PNG) in this folder.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Parts, with commas between them: phases, round-trips, neighbors, hub, kernel.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Only see that it runs: no figure is worth anything.")] = False,
+    streams: Annotated[str, typer.Option(help="Streams at a time: numbers with commas between them.")] = "1,8,32",
+    tokens: Annotated[int, typer.Option(help="Tokens per stream, or less where streams are many.")] = 64,
     repetitions: Annotated[int, typer.Option(help="Of every phase, in turns.")] = 5,
     vocab: Annotated[int, typer.Option(help="Tokens in the vocabulary.")] = 151_936,
     serial_tokens: Annotated[int, typer.Option(help="Tokens per repetition of the serial loop.")] = 16,
     delta: Annotated[Literal["lossless", "sparse"], typer.Option(help="How deltas are encoded.")] = "sparse",
 ) -> None:
-    """Measure steering on this machine: against plain vLLM, and against the paper's serial loop."""
-    from costeer_vllm.bench.run import BenchSettings, parse_streams, run_bench
+    """Measure steering on this machine: plain vLLM, the paper's serial loop, distance, a slow device, the hub, the kernel."""
+    from costeer_vllm.bench.run import PARTS, Outputs, run_bench
+    from costeer_vllm.bench.settings import QUICK, BenchSettings, parse_parts, parse_streams
 
-    run_bench(BenchSettings(parse_streams(streams), tokens, repetitions, vocab, serial_tokens, delta), json)
+    settings = QUICK if quick else BenchSettings(parse_streams(streams), tokens, repetitions, vocab, serial_tokens, delta)
+    run_bench(settings, parse_parts(only, list(PARTS)), Outputs(json, markdown, plots))
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The two folders load, share a vocabulary, and are the same at every call; the settings refuse what cannot be measured."""
+"""The two folders load, share a vocabulary, and are the same at every call."""
 
 import random
 from pathlib import Path
@@ -10,9 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from costeer_vllm.bench import models
 from costeer_vllm.bench.models import Shape
-from costeer_vllm.bench.run import BenchSettings, parse_streams
 from costeer_vllm.edge.prompts import check_template
-from costeer_vllm.errors import InvalidParameter
 
 VOCAB = 1000
 LARGE, SMALL = Shape(64, 128, 2, 4, 2), Shape(32, 64, 1, 2, 1)
@@ -67,21 +65,3 @@ def test_both_sides_of_the_product_see_one_vocabulary(large: Path, small: Path) 
 def test_prompts_differ() -> None:
     rng = random.Random(0)
     assert models.text(rng, 64, VOCAB) != models.text(rng, 64, VOCAB)
-
-
-def test_streams_are_read_from_text() -> None:
-    assert parse_streams("8, 1,8") == (1, 8)
-
-
-@pytest.mark.parametrize("text", ["", "1,", "one", "-1", "1;8"])
-def test_streams_that_are_no_numbers_are_refused(text: str) -> None:
-    with pytest.raises(InvalidParameter, match="streams"):
-        parse_streams(text)
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"streams": (0,)}, {"streams": (65,)}, {"streams": ()}, {"tokens": 1}, {"tokens": 10_000}, {"repetitions": 0}]
-)
-def test_settings_that_cannot_be_measured_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(InvalidParameter, match=next(iter(wrong))):
-        BenchSettings(**wrong)

@@ -1,98 +1,102 @@
-"""Statistics, paired ratios, the layout of the JSON file, and the warnings."""
+"""The tables hold what was measured, on a terminal, as Markdown and in pictures; a page is kept except what its marks enclose."""
 
-import json
+import re
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from costeer_vllm.bench.report import Figure, Samples, show, warnings, write_json
+from costeer_vllm.bench import plots
+from costeer_vllm.bench.alone import HUB_FIGURES
+from costeer_vllm.bench.figures import RATIOS, TARGETS, Samples
+from costeer_vllm.bench.report import BEGIN, END, SECTIONS, grids, markdown, show, write_markdown
 
 MACHINE = {"cores": 2, "cpu": "an abacus"}
+PNG = b"\x89PNG\r\n"
 
 
 @pytest.fixture
 def samples() -> Samples:
     samples = Samples()
-    for streams, factor in ((1, 1.0), (8, 5.0)):
-        for plain, idle, steered, serial in ((20, 19, 16, 8), (10, 10, 9, 5), (40, 36, 36, 9)):
-            for name, value in (("plain", plain), ("idle", idle), ("steered", steered)):
-                samples.add(name, streams, "tokens/s", value * factor)
-            samples.add("serial", streams, "tokens/s", serial)
-            samples.add("plain_step", streams, "ms", 50.0)
-            samples.add("small_step", streams, "ms", 5.0)
-            samples.add("missed", streams, "tokens", 0)
+    for streams in (1, 8):
+        for name, values in {"plain": (20, 10, 40), "idle": (19, 10, 36), "steered": (16, 9, 36), "serial": (8, 4, 20)}.items():
+            for value in values:
+                samples.add(name, "tokens/s", value * streams, streams=streams)
+    for round_trip_ms in (0, 50):
+        for value in (10, 12):
+            samples.add("waiting", "tokens/s", value, round_trip_ms=round_trip_ms)
+            samples.add("look_ahead", "tokens/s", 3 * value, round_trip_ms=round_trip_ms)
+    samples.add("hub_p99", "ms", 7.0, edges=1000)
     return samples
 
 
-def by_name(samples: Samples) -> dict[tuple[str, int], Figure]:
-    return {(figure.name, figure.streams): figure for figure in samples.figures()}
+def cells(samples: Samples) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Title of the grid -> name of the row -> its cells."""
+    return {grid.title: {row[0]: row[1:] for row in grid.rows} for grid in grids(samples.figures())}
 
 
-def test_a_figure_is_the_median_of_its_repetitions() -> None:
-    figure = Figure("plain", 1, "tokens/s", (3.0, 1.0, 10.0, 4.0))
-    assert figure.as_json() == {
-        "name": "plain", "streams": 1, "value": 3.5, "unit": "tokens/s",
-        "repetitions": 4, "minimum": 1.0, "median": 3.5, "maximum": 10.0,
-    }  # fmt: skip
+def test_every_section_shows_its_axis(samples: Samples) -> None:
+    shown = cells(samples)
+    assert shown["ratios, paired"]["(b) / (a)"] == ("0.95 (0.90-1.00)", "0.95 (0.90-1.00)")
+    assert shown["tokens per second of one stream, by round trip to the edge"]["ratio"] == ("3.00", "3.00")
+    assert shown["the hub alone"] == {"latency through it, p99 (ms)": ("7.00",)}
+    assert "tokens per second of seven streams" not in shown  # nothing of it was measured
 
 
-def test_ratios_are_paired_by_repetition(samples: Samples) -> None:
-    figures = by_name(samples)
-    assert figures["steered/plain", 1].values == (0.8, 0.9, 0.9)
-    assert figures["steered/plain", 8].values == pytest.approx((0.8, 0.9, 0.9))
-    assert figures["idle/plain", 1].median == 0.95
-    assert figures["steered/serial", 8].median == 10.0
-    assert figures["step_ratio", 1].values == (10.0, 10.0, 10.0)
+def test_targets_are_met_missed_or_not_measured(samples: Samples) -> None:
+    shown = cells(samples)["targets"]
+    assert len(shown) == len(TARGETS)
+    assert shown["idle / plain, 1 stream"][2] == "**no**"
+    assert shown["look-ahead / without, 50 ms round trip"][1:] == ("3.00", "yes")
+    assert shown["hub, 1,000 edges: latency through it, p99 (ms)"] == ("≤ 5", "7.00", "**no**")
+    assert shown["hub, 1,000 edges: deltas lost"][1:] == ("not measured", "")
 
 
-def test_what_was_not_measured_has_no_ratio() -> None:
-    samples = Samples()
-    samples.add("plain", 1, "tokens/s", 2.0)
-    assert [figure.name for figure in samples.figures()] == ["plain"]
+def test_every_ratio_and_every_figure_of_the_hub_has_a_row() -> None:
+    rows = {name for section in SECTIONS for name in section.rows}
+    assert rows >= {*RATIOS, *HUB_FIGURES}
 
 
-def test_repetitions_that_do_not_pair_are_a_bug(samples: Samples) -> None:
-    samples.add("plain", 1, "tokens/s", 2.0)
-    with pytest.raises(ValueError, match="zip"):
-        samples.figures()
-
-
-def test_the_json_file_is_a_list_of_figures_with_their_machine(samples: Samples, tmp_path: Path) -> None:
-    figures = samples.figures()
-    write_json(tmp_path / "bench.json", figures, MACHINE)
-    rows = json.loads((tmp_path / "bench.json").read_text())
-    assert len(rows) == len(figures) == 2 * (7 + 4)
-    keys = {"name", "streams", "value", "unit", "repetitions", "minimum", "median", "maximum", "machine"}
-    assert all(set(row) == keys and row["machine"] == MACHINE for row in rows)
-    names = {row["name"] for row in rows}
-    assert names >= {"plain", "idle", "steered", "serial", "idle/plain", "steered/plain", "steered/serial", "step_ratio"}
-
-
-def test_the_table_shows_every_ratio_and_the_notes(samples: Samples) -> None:
-    console = Console(width=80, record=True)
+def test_the_terminal_shows_tables_notes_and_machine(samples: Samples) -> None:
+    console = Console(width=120, record=True)
     show(console, samples.figures(), MACHINE, ["a note"])
     text = console.export_text()
     assert "an abacus" in text
     assert "- a note" in text
     assert "0.95 (0.90-1.00)" in text
-    assert "(a) / small model" in text
-    assert "NOT STEERED" not in text
+    assert "**" not in text
 
 
-def test_missed_tokens_are_shouted(samples: Samples) -> None:
-    samples.values["missed", 8][1] = 3
-    (warning,) = warnings(samples.figures(), MACHINE)
-    assert warning.startswith("3 TOKENS WERE NOT STEERED at 8 streams")
+def test_markdown_is_made_of_tables_of_even_rows(samples: Samples) -> None:
+    text = markdown(samples.figures(), MACHINE, ["a note"])
+    for block in text.split("\n\n"):
+        if block.startswith("|"):
+            assert len({line.count("|") for line in block.splitlines()}) == 1
+            assert re.fullmatch(r"(\| --- )+\|", block.splitlines()[1])
+    assert "* a note" in text
+    assert "an abacus" in text
 
 
-def test_a_small_model_that_is_not_small_is_shouted(samples: Samples) -> None:
-    samples.values["small_step", 1][:] = [12.0, 12.0, 12.0]
-    (warning,) = warnings(samples.figures(), MACHINE)
-    assert "TOO LARGE" in warning
-    assert "4.2 times" in warning
+def test_a_page_keeps_what_is_around_its_marks(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"# Before\n\n{BEGIN}\nold\n{END}\n\nafter\n")
+    write_markdown(page, "new")
+    write_markdown(page, "newer")
+    assert page.read_text() == f"# Before\n\n{BEGIN}\nnewer\n{END}\n\nafter\n"
 
 
-def test_a_busy_machine_is_shouted(samples: Samples) -> None:
-    (warning,) = warnings(samples.figures(), MACHINE | {"load_before": 1.7})
-    assert "NOT QUIET" in warning
+def test_a_file_without_marks_is_the_report_alone(tmp_path: Path) -> None:
+    write_markdown(tmp_path / "new.md", "text")
+    assert (tmp_path / "new.md").read_text() == "text\n"
+
+
+def test_pictures_are_drawn_of_what_there_is(samples: Samples, tmp_path: Path) -> None:
+    plots.draw(samples.figures(), tmp_path / "plots")
+    files = sorted((tmp_path / "plots").iterdir())
+    assert [file.name for file in files] == [f"performance-{name}.png" for name in ("phases", "round-trips", "targets")]
+    assert all(file.read_bytes().startswith(PNG) for file in files)
+
+
+def test_no_picture_is_drawn_of_nothing(tmp_path: Path) -> None:
+    plots.draw([], tmp_path / "plots")
+    assert not list((tmp_path / "plots").iterdir())

@@ -1,7 +1,7 @@
 """The serial loop generates what Algorithm 1 generates, and its arithmetic for throughput is right."""
 
-import os
 import random
+import threading
 from typing import Any
 
 import pytest
@@ -9,7 +9,7 @@ import torch
 
 from costeer_vllm.bench import models
 from costeer_vllm.bench.local import Local
-from costeer_vllm.bench.machine import Cores, choose_cores, facts, load, on_core
+from costeer_vllm.bench.machine import Cores
 from costeer_vllm.bench.models import Shape
 from costeer_vllm.bench.serial import SerialRun, iterate, serial_loop
 from costeer_vllm.demo.algorithm1 import algorithm1, personalize
@@ -69,14 +69,20 @@ def test_the_small_step_is_taken_for_every_stream(pair: tuple[Any, Any], tmp_pat
     assert len(local.serial(3).ids) == 3
 
 
-def test_a_core_is_left_again() -> None:
-    before = os.sched_getaffinity(0)
-    with on_core(min(before)):
-        assert os.sched_getaffinity(0) == {min(before)}
-    assert os.sched_getaffinity(0) == before
+def test_the_small_model_works_beside_others_until_it_is_told_to_stop(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    local = Local(models.write_small(tmp_path / "small", SHAPES[1], VOCAB), SHAPES[0], VOCAB, Cores(None, None, ""))
+    step, steps, many = local._step, [], threading.Event()
 
+    def counted(pairs: list[Any], encoding: str) -> tuple[float, float]:
+        steps.append(len(pairs))
+        if len(steps) == 3:
+            many.set()
+        return step(pairs, encoding)
 
-def test_the_machine_is_described() -> None:
-    assert {"cpu", "cores", "torch", "vllm"} <= facts().keys()
-    assert choose_cores().note.endswith(".")
-    assert load() >= 0
+    monkeypatch.setattr(local, "_step", counted)
+    with local.at_work(2, 1.0, "sparse"):
+        assert many.wait(60)
+    num_steps = len(steps)
+    assert set(steps) == {2}
+    assert all(value > 0 for value in local.small_step_ms(1, 1, "sparse"))  # its rows are free again
+    assert len(steps) == num_steps + 1

@@ -1,8 +1,12 @@
 """What is measured in this process: the serial loop on the large model's core, a step of the small model on its own."""
 
+import contextlib
 import random
 import statistics
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +53,29 @@ class Local:
                 self._stepper.close(pair)
         steps, encodings = zip(*times, strict=True)
         return statistics.median(steps), statistics.median(encodings)
+
+    @contextlib.contextmanager
+    def at_work(self, streams: int, period_ms: float, encoding: str) -> Iterator[None]:
+        """The small model's steps for so many streams, one every ``period_ms``, on its core, in a thread until the block ends."""
+        done = threading.Event()
+
+        def work() -> None:
+            with on_core(self._cores.small):
+                pairs = [self._pair() for _ in range(streams)]
+                due = time.perf_counter()
+                while not done.wait(max(0.0, due - time.perf_counter())):
+                    self._step(pairs, encoding)
+                    due = max(due + period_ms / 1000, time.perf_counter())
+                for pair in pairs:
+                    self._stepper.close(pair)
+
+        with ThreadPoolExecutor(1) as pool:
+            working = pool.submit(work)
+            try:
+                yield
+            finally:
+                done.set()
+                working.result()
 
     def _pair(self) -> Pair:
         query = self._ids(models.PROMPT_WORDS)

@@ -32,9 +32,14 @@ def choose_cores() -> Cores:
     return Cores(
         cores[0],
         cores[-1],
-        f"Of {len(cores)} cores, the vLLM workers and the serial loop compute on core {cores[0]} alone, with one thread, and the "
-        f"edge worker on core {cores[-1]} alone: a deployment has them on two machines. All else runs where the system puts it.",
+        f"Of {len(cores)} cores, the vLLM workers and the serial loop compute on core {cores[0]} alone, with one thread, and all "
+        f"else on the others, the edge worker on core {cores[-1]}: a deployment has the two models on two machines.",
     )
+
+
+def worker_environment(cores: Cores) -> dict[str, str]:
+    """What has vLLM's workers compute on the large model's core."""
+    return {} if cores.large is None else {"VLLM_CPU_OMP_THREADS_BIND": str(cores.large)}
 
 
 def pin(pid: int, core: int | None) -> None:
@@ -44,6 +49,30 @@ def pin(pid: int, core: int | None) -> None:
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(ProcessLookupError):  # a thread that has just ended
             os.sched_setaffinity(int(task.name), {core})
+
+
+def keep_off(pid: int, cores: Cores) -> None:
+    """Move a server's other processes off the large model's core, where one of them that spins would cost it time at random."""
+    if cores.large is None or not hasattr(os, "sched_setaffinity"):
+        return
+    others = os.sched_getaffinity(0) - {cores.large}
+    for each in [pid, *_descendants(pid)]:
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            if others and os.sched_getaffinity(each) != {cores.large}:  # the worker has moved there itself
+                for task in Path(f"/proc/{each}/task").iterdir():
+                    os.sched_setaffinity(int(task.name), others)
+
+
+def _descendants(pid: int) -> list[int]:
+    """Processes that a process has started, and those that they have started."""
+    parents: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
+    found = [pid]
+    for each in found:
+        found += parents.get(each, [])
+    return found[1:]
 
 
 @contextlib.contextmanager

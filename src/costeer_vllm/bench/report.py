@@ -1,141 +1,186 @@
-"""From samples to figures: medians of repetitions and of paired ratios, the table, the notes and the JSON."""
+"""The figures as tables: on a terminal, and as Markdown for a page that has a place for them."""
 
-import json
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-QUIET = 0.5  # load average
-MIN_STEP_RATIO = 5.0  # below it the small model is no small model, and steering cannot hide behind the large one's step
+from costeer_vllm.bench.figures import RATIOS, TARGETS, Figure, warnings
+
+BEGIN, END = "<!-- costeer bench: begin -->", "<!-- costeer bench: end -->"  # what lies between is replaced
 
 PHASES = {
     "plain": "(a) plain vLLM",
-    "idle": "(b) with plugin, idle",
-    "steered": "(c) steered",
-    "serial": "(d) serial loop",
+    "idle": "(b) plugin loaded, idle",
+    "steered": "(c) steered, cloud fusion",
+    "edge_fused": "(d) steered, edge fusion",
+    "serial": "(e) the paper's serial loop",
+    "beside": "(f) plain vLLM, the small model at work beside it",
 }
-RATIOS = (("idle", "plain"), ("steered", "plain"), ("steered", "serial"))
-TABLE = {
-    "tokens per second, all streams": PHASES,
-    "ratios of tokens per second": {f"{a}/{b}": f"{PHASES[a][:3]} / {PHASES[b][:3]}" for a, b in RATIOS},
-    "milliseconds per step": {
-        **{f"{phase}_step": PHASES[phase] for phase in ("plain", "idle", "steered")},
-        "small_step": "small model, two rows each",
-        "step_ratio": "(a) / small model",
-        "encode": "deltas to bytes",
-        "serial_large": "(d) large model",
-        "serial_small": "(d) small model, twice",
-        "serial_iterations": "(d) iterations of Eq. 7",
-    },
-    "tokens of (c)": {"steered_tokens": "steered", "missed": "missed"},
-}
+
+
+def _over(name: str) -> str:
+    over, under = RATIOS[name]
+    return f"{PHASES[over][:3]} / {PHASES[under][:3]}"
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """One quantity with its value in every repetition; ``streams`` is the number of them at a time."""
+class Section:
+    """One table: a row per quantity, a column per value of ``axis``, such as the number of streams."""
 
-    name: str
-    streams: int
-    unit: str
-    values: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.values)
-
-    def __str__(self) -> str:
-        return f"{_short(self.median)} ({_short(min(self.values))}-{_short(max(self.values))})"
-
-    def as_json(self) -> dict[str, Any]:
-        """What ``--json`` writes of it; ``value`` is the median."""
-        return {
-            "name": self.name,
-            "streams": self.streams,
-            "value": self.median,
-            "unit": self.unit,
-            "repetitions": len(self.values),
-            "minimum": min(self.values),
-            "median": self.median,
-            "maximum": max(self.values),
-        }
+    title: str
+    axis: str | None
+    column: str  # how a value of the axis is called
+    rows: Mapping[str, str]
 
 
-@dataclass(slots=True)
-class Samples:
-    """All that was measured: per quantity and number of streams one value per repetition, in the order of repetitions."""
+SECTIONS = (
+    Section("tokens per second, all streams", "streams", "{} at a time", PHASES),
+    Section(
+        "ratios, paired",
+        "streams",
+        "{} at a time",
+        {
+            name: _over(name)
+            for name in ("idle/plain", "steered/plain", "edge_fused/plain", "steered/serial", "beside/plain", "steered/beside")
+        },
+    ),
+    Section(
+        "milliseconds per step",
+        "streams",
+        "{} at a time",
+        {
+            **{f"{phase}_step": PHASES[phase] for phase in ("plain", "idle", "steered", "edge_fused", "beside")},
+            "small_step": "small model, both rows of every stream",
+            "step_ratio": "(a) / small model",
+            "encode": "deltas to bytes",
+            "serial_large": "(e) large model",
+            "serial_small": "(e) small model, twice",
+            "serial_iterations": "(e) iterations of Eq. 7",
+        },
+    ),
+    Section(
+        "tokens per second of one stream, by round trip to the edge",
+        "round_trip_ms",
+        "{} ms",
+        {"waiting": "without look-ahead", "look_ahead": "with look-ahead", "look_ahead/waiting": "ratio"},
+    ),
+    Section(
+        "tokens per second of seven streams",
+        None,
+        "",
+        {
+            "beside_fast": "beside an eighth whose edge is as fast as theirs",
+            "beside_slow": "beside an eighth whose edge answers in 500 ms",
+            "beside_slow/beside_fast": "ratio",
+        },
+    ),
+    Section(
+        "the hub alone",
+        "edges",
+        "{} edges",
+        {
+            "hub_rate": "deltas per second",
+            "hub_p50": "latency through it, median (ms)",
+            "hub_p99": "latency through it, p99 (ms)",
+            "hub_max": "latency through it, longest (ms)",
+            "hub_lost": "lost",
+            "hub_share": "share of its core",
+            "load_share": "the load's share of another",
+            "load_late_p99": "the load's own delay, p99 (ms)",
+        },
+    ),
+    Section(
+        "steer_inplace / copy of the same bytes, 64 rows of 152,064, dense deltas",
+        "threads",
+        "threads: {}",
+        {f"steer/copy {kind}": kind for kind in ("float32", "float16", "bfloat16")},
+    ),
+)
 
-    units: dict[str, str] = field(default_factory=dict)
-    values: dict[tuple[str, int], list[float]] = field(default_factory=dict)
 
-    def add(self, name: str, streams: int, unit: str, value: float) -> None:
-        self.units[name] = unit
-        self.values.setdefault((name, streams), []).append(value)
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table ready to be shown; the first cell of each row is its name."""
 
-    def figures(self) -> list[Figure]:
-        """What was measured, then what follows from it, pair by pair."""
-        measured = [Figure(name, streams, self.units[name], tuple(values)) for (name, streams), values in self.values.items()]
-        counts = sorted({streams for _, streams in self.values})
-        pairs = [(f"{a}/{b}", a, b) for a, b in RATIOS] + [("step_ratio", "plain_step", "small_step")]
-        return measured + [
-            figure for streams in counts for name, a, b in pairs if (figure := self._ratio(name, a, b, streams)) is not None
-        ]
-
-    def _ratio(self, name: str, over: str, under: str, streams: int) -> Figure | None:
-        a, b = self.values.get((over, streams)), self.values.get((under, streams))
-        if not a or not b:
-            return None
-        return Figure(name, streams, "ratio", tuple(x / y for x, y in zip(a, b, strict=True)))
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
 
 
-def write_json(path: Path, figures: Iterable[Figure], machine: Mapping[str, Any]) -> None:
-    """A list with one object per figure; each also says on which machine it was taken."""
-    path.write_text(json.dumps([figure.as_json() | {"machine": dict(machine)} for figure in figures], indent=2) + "\n")
+def grids(figures: Sequence[Figure]) -> list[Grid]:
+    """The targets, then every section of which something was measured."""
+    return [targets(figures), *(grid for section in SECTIONS if (grid := _grid(section, figures)).rows)]
+
+
+def targets(figures: Iterable[Figure]) -> Grid:
+    """What was to be reached, and what was."""
+    by_key = {(figure.name, figure.at): figure for figure in figures}
+    rows = []
+    for target in TARGETS:
+        figure = by_key.get((target.name, target.at))
+        measured, met = "not measured", ""
+        if figure is not None:
+            measured, met = str(figure), "yes" if target.is_met(figure.median) else "**no**"
+        rows.append((target.title, str(target), measured, met))
+    return Grid("targets", ("target", "median (minimum-maximum)", "met"), tuple(rows))
+
+
+def _grid(section: Section, figures: Iterable[Figure]) -> Grid:
+    shown = {
+        (figure.name, dict(figure.at).get(section.axis or "", 0)): str(figure)
+        for figure in figures
+        if figure.name in section.rows
+    }
+    columns = sorted({value for _, value in shown})
+    rows = [(title, *(shown.get((name, value), "") for value in columns)) for name, title in section.rows.items()]
+    return Grid(
+        section.title, tuple(section.column.format(value) for value in columns), tuple(row for row in rows if any(row[1:]))
+    )
 
 
 def show(console: Console, figures: Sequence[Figure], machine: Mapping[str, Any], notes: Iterable[str]) -> None:
-    """The table, what must be known about it, and loudly what is wrong with it."""
-    console.print(", ".join(f"{name} {value}" for name, value in machine.items()), highlight=False)
-    console.print(_table(figures))
+    """The tables, what must be known about them, and loudly what is wrong with them."""
+    console.print(_machine(machine), highlight=False)
+    for grid in grids(figures):
+        table = Table(title=grid.title, title_justify="left")
+        table.add_column("")
+        for column in grid.head:
+            table.add_column(column, justify="right")
+        for row in grid.rows:
+            table.add_row(*(cell.replace("**", "") for cell in row))
+        console.print(table)
     for note in notes:
         console.print(f"- {note}", highlight=False)
     for warning in warnings(figures, machine):
         console.print(warning, style="bold red", highlight=False)
 
 
-def warnings(figures: Iterable[Figure], machine: Mapping[str, Any]) -> list[str]:
-    """Why figures must not be believed."""
-    found = []
-    if (load := machine.get("load_before", 0.0)) > QUIET:
-        found.append(f"THE MACHINE WAS NOT QUIET before the start (load {load}): other processes are in these figures.")
-    for figure in figures:
-        if figure.name == "missed" and any(figure.values):
-            found.append(f"{sum(figure.values):g} TOKENS WERE NOT STEERED at {figure.streams} streams: (c) is not comparable.")
-        if figure.name == "step_ratio" and figure.streams == 1 and figure.median < MIN_STEP_RATIO:
-            found.append(f"THE SMALL MODEL IS TOO LARGE: a step of the large one takes {figure.median:.1f} times as long, "
-                         f"not {MIN_STEP_RATIO:g} times.")  # fmt: skip
-    return found
+def markdown(figures: Sequence[Figure], machine: Mapping[str, Any], notes: Iterable[str]) -> str:
+    """The same as text for a page."""
+    parts = [_markdown(grid) for grid in grids(figures)]
+    parts.append("\n".join(f"* {note}" for note in (*notes, f"Machine: {_machine(machine)}.")))
+    parts += [f"**{warning}**" for warning in warnings(figures, machine)]
+    return "\n\n".join(parts)
 
 
-def _table(figures: Iterable[Figure]) -> Table:
-    by_name = {(figure.name, figure.streams): figure for figure in figures}
-    counts = sorted({streams for _, streams in by_name})
-    table = Table(title="median (minimum-maximum)")
-    table.add_column("")
-    for streams in counts:
-        table.add_column(f"{streams} stream{'s' * (streams > 1)}", justify="right")
-    for section, rows in TABLE.items():
-        table.add_row(section, style="bold")
-        for name, title in rows.items():
-            table.add_row(f"  {title}", *(str(by_name.get((name, streams), "")) for streams in counts))
-        table.add_section()
-    return table
+def write_markdown(path: Path, text: str) -> None:
+    """Between the marks of a page that has them, else as a file of its own."""
+    if path.exists() and BEGIN in (page := path.read_text()) and END in page:
+        before, after = page.partition(BEGIN)[0], page.partition(END)[2]
+        text = f"{before}{BEGIN}\n{text}\n{END}{after}"
+    else:
+        text += "\n"
+    path.write_text(text)
 
 
-def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 or value == 0 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+def _markdown(grid: Grid) -> str:
+    lines = [("**" + grid.title + "**", *grid.head), ("---",) * (1 + len(grid.head)), *grid.rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in machine.items())
