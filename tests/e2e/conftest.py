@@ -23,7 +23,7 @@ RUNNERS = {
         "COSTEER_MRV2_ON_CPU": "1",
         "TRITON_INTERPRET": "1",
         "VLLM_USE_V2_MODEL_RUNNER": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "mrv2_on_cpu"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]),
+        "PYTHONPATH": f"{Path(__file__).parent / 'mrv2_on_cpu'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
     },
 }
 SERVER_OPTIONS = ("--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16", "--dtype", "float32")
