@@ -96,8 +96,24 @@ class Pair:
         """One window is enough for all that is new; otherwise ``prefill`` comes before ``step``."""
         return 2 * self.pending <= PREFILL_TOKENS and abs(self.gap) <= MAX_PADS
 
+    @property
+    def prompt_length(self) -> int:
+        """Ids of the longer row before the first generated one."""
+        return self.length - self.num_generated
+
+    def agreement(self, keep: int, tokens: Sequence[int]) -> int:
+        """How many of ``tokens`` stand behind the first ``keep`` generated ids already."""
+        row = self.without_context
+        start = len(row.ids) - self.num_generated + keep
+        return next((i for i, token in enumerate(tokens) if row.ids[start + i : start + i + 1] != [token]), len(tokens))
+
     def rewrite(self, keep: int, tokens: Sequence[int]) -> None:
-        """Keep the first ``keep`` generated ids and append ``tokens``; at least one id of each row is then to be evaluated."""
+        """Keep the first ``keep`` generated ids and append ``tokens``; at least one id of each row is then to be evaluated.
+
+        Where ``tokens`` agree with the ids that stood there, those stay cached.
+        """
+        same = self.agreement(keep, tokens)
+        keep, tokens = keep + same, tokens[same:]
         drop = self.num_generated - keep
         assert drop >= 0
         for row in self.rows:

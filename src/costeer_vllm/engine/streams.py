@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 
 from costeer_vllm.candidates import decode_candidates
 from costeer_vllm.delta import DenseDelta, SparseDelta, decode
+from costeer_vllm.engine.guesses import Guesses
 from costeer_vllm.engine.link import HubLink
 from costeer_vllm.errors import InvalidDelta
 from costeer_vllm.protocol.messages import (
+    MAX_GUESS_BYTES,
     Admitted,
     Advance,
     Begin,
@@ -48,6 +50,7 @@ class SteeredStream:
     protocol: Stream = field(default_factory=Stream)
     tokens: list[int] = field(default_factory=list)  # generated so far: what a hub that restarted must be told
     offer: Candidates | None = None  # edge fusion: what the current position's token is chosen from
+    guesses: Guesses = field(default_factory=Guesses)  # cloud fusion: answers to positions that are still to come
     payload: bytes | None = None  # of the answer for the current position: a delta as it came, or the id of the chosen token
     answer: DenseDelta | SparseDelta | int | None = None  # the same
     asked_at: float = 0.0  # seconds, monotonic
@@ -67,7 +70,17 @@ class SteeredStream:
     def begin(self) -> Begin:
         """The message that opens the stream at the tokens it has."""
         asks = self.request
-        return Begin(self.id, asks.request, asks.worker, asks.query, asks.strength, list(self.tokens), asks.grant, self.sampling)
+        return Begin(
+            self.id,
+            asks.request,
+            asks.worker,
+            asks.query,
+            asks.strength,
+            list(self.tokens),
+            asks.grant,
+            self.sampling,
+            MAX_GUESS_BYTES if self.sampling is None else 0,
+        )
 
     def wait_s(self, now: float) -> float:
         """How long the current position may still wait for its answer, in seconds; 0 once it has it or has no hope."""
@@ -107,6 +120,8 @@ class StreamTable:
         message = stream.protocol.advance(stream.id, tokens)
         stream.payload = stream.answer = stream.offer = None
         self._ask(stream, message)
+        if (guess := stream.guesses.take(message.position, message.prefix_hash)) is not None:
+            self._answer(stream, guess)
 
     def offer(self, stream: SteeredStream, payload: bytes) -> None:
         """Edge fusion: ask the edge worker to choose the current position's token among the candidates in ``payload``."""
@@ -174,6 +189,8 @@ class StreamTable:
 
     def _ask(self, stream: SteeredStream, message: Begin | Advance) -> None:
         stream.protocol.feed(message)
+        if isinstance(message, Begin):
+            stream.guesses.clear()
         stream.asked_at = time.monotonic()
         if stream.closed_by is None and self._link is not None and not self._link.send(message):
             stream.silent = True
@@ -223,12 +240,18 @@ class StreamTable:
             return
         is_late = not stream.protocol.wants(message)
         if is_late and (stream.sampling is None or isinstance(message, Delta)):
+            if stream.sampling is None and isinstance(message, Delta):
+                stream.guesses.keep(message, stream.position)
             return
         if is_late:
             # Where no choice is waited for, none can be in time: this one shows whether it would have been.
             offered_at = stream.offered_at.pop(message.position, -math.inf)
             stream.silent &= time.monotonic() - offered_at > stream.request.deadline_ms / 1000
             return
+        self._answer(stream, message)
+
+    def _answer(self, stream: SteeredStream, message: Delta | Choice) -> None:
+        """Take ``message`` as the answer for the current position."""
         stream.silent = False
         try:
             stream.answer = self._delta(stream, message) if isinstance(message, Delta) else _choice(stream, message)
