@@ -204,10 +204,15 @@ class Evaluator:
         """One window for the newest ids of these streams: those of a question, where the path is empty, or of a guess."""
         serials = sorted(paths, key=lambda serial: self._pairs[serial].with_context.index)
         log_with, log_without = self._model.step([self._pairs[serial] for serial in serials])
+        is_bad = torch.isnan(log_with.amax(-1) + log_without.amax(-1)).tolist()
         likely = self._likely(serials, log_with, log_without)
-        rows = zip(serials, likely, log_with.cpu().numpy(), log_without.cpu().numpy(), strict=True)
-        answers = [self._answer(serial, paths[serial], *row) for serial, *row in rows]
-        return [answer for answer in answers if answer is not None]
+        answers = list[Result]()
+        for serial, bad, *row in zip(serials, is_bad, likely, log_with.cpu().numpy(), log_without.cpu().numpy(), strict=True):
+            if bad:
+                answers.append(self._give_up(serial, "failed", "the small model of the edge worker gives no numbers"))
+            elif (answer := self._answer(serial, paths[serial], *row)) is not None:
+                answers.append(answer)
+        return answers
 
     def _likely(self, serials: list[int], log_with: torch.Tensor, log_without: torch.Tensor) -> list[list[tuple[int, float]]]:
         """What may come next in each stream, the likeliest first: ids and probabilities in the stand-in of ``ahead``."""
@@ -223,9 +228,7 @@ class Evaluator:
 
     def _answer(
         self, serial: int, path: Path, likely: list[tuple[int, float]], with_context: LogProbs, without_context: LogProbs
-    ) -> Result | None:
-        if np.isnan(with_context.sum()) or np.isnan(without_context.sum()):
-            return self._give_up(serial, "failed", "the small model of the edge worker gives no numbers")
+    ) -> Answer | None:
         order = None if path else self._asked.pop(serial)
         ahead = self._ahead.get(serial)
         if ahead is None:

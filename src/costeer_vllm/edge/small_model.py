@@ -10,8 +10,8 @@ ids of the chosen rows that are not cached yet, right-aligned, so that the last 
 
 The mask knows only positions: what lies in the arena beyond a row's length is never seen, and going back is setting the length.
 A new row starts from the longest cached prefix of any row that is open or is remembered: the private context, which stands at the
-same place in every prompt, is evaluated once. Which closed rows are remembered, GreedyDual decides (Young, 1994): the one goes whose
-loss would cost the fewest ids, and what it would have cost is added to whatever is used later.
+same place in every prompt, is evaluated once. Which closed rows are remembered, GreedyDual decides (Young, 1994): that one goes
+whose loss would cost the fewest ids, and what it would cost is added to the value of whatever is used later.
 """
 
 import bisect
