@@ -17,7 +17,8 @@ class Stream:
 
     def __init__(self, likely: list[tuple[int, float]], max_bytes: int = PLENTY, size: int = 100) -> None:
         self.ahead, self.pace = Ahead(0, 0, 1.0, max_bytes), Pace()
-        self.likely, self.size, self.tokens, self.now = likely, size, [], 0.0
+        self.likely, self.size, self.now = likely, size, 0.0
+        self.tokens: list[int] = []
         self.answer()
 
     def answer(self, path: Path = ()) -> bool:

@@ -177,6 +177,14 @@ def test_a_guess_that_cannot_be_used_costs_its_token_only(engine: Engine) -> Non
     assert has(stream, [4, 5])
 
 
+def test_no_guess_is_used_once_the_table_gave_up(engine: Engine) -> None:
+    stream = engine.begin()
+    engine.tell(stream, [], [4])
+    engine.table.give_up()
+    engine.table.advance(stream, [4])
+    assert stream.answer is None
+
+
 def test_guesses_of_an_edge_fused_stream_are_not_kept(engine: Engine) -> None:
     stream = engine.begin(Sampling())
     assert engine.begun.guess_bytes == 0

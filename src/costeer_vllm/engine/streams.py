@@ -120,7 +120,8 @@ class StreamTable:
         message = stream.protocol.advance(stream.id, tokens)
         stream.payload = stream.answer = stream.offer = None
         self._ask(stream, message)
-        if (guess := stream.guesses.take(message.position, message.prefix_hash)) is not None:
+        guess = stream.guesses.take(message.position, message.prefix_hash)
+        if guess is not None and stream.closed_by is None:
             self._answer(stream, guess)
 
     def offer(self, stream: SteeredStream, payload: bytes) -> None:
