@@ -170,8 +170,9 @@ class Streams:
         stream = self._by_serial.get(answer.serial)
         if stream is None or not _may_come(stream, answer) or (answer.serial in self._asked and not answer.guessed):
             return None
-        if stream.disclosure.is_over:
-            return self._end(stream.name, "refused", OVER)
+        if stream.disclosure.is_over:  # nobody asked for what lies ahead
+            is_asked = _stands_at(stream, answer.position, answer.prefix_hash)
+            return self._end(stream.name, "refused", OVER) if is_asked else None
         if isinstance(answer.delta, bytes):
             return Delta(stream.name, answer.position, answer.prefix_hash, answer.delta)
         assert stream.chooser is not None
