@@ -206,11 +206,18 @@ def variants(repetitions: int) -> Iterator[Figure]:
             yield Figure(f"{name}: log-probability off; {label}", "nats", [off.mean().item(), off.max().item()])
 
 
+class Unchecked(SmallModel):
+    """Also one that gives another result in windows than at once: int8, whose scales are those of everything in a window."""
+
+    def _check_exact(self, sample: list[int], expected: torch.Tensor) -> None:
+        pass
+
+
 class Steps:
     """A model and one stream of it."""
 
     def __init__(self, model: Any) -> None:
-        self.model = SmallModel(model)
+        self.model = Unchecked(model)
         rng = random.Random(3)
         ids = [rng.randrange(self.model.num_tokens) for _ in range(QUERY_TOKENS)]
         self.pair = self.model.open([*ids, *ids, *ids], ids)

@@ -19,7 +19,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from costeer_vllm.protocol.messages import MAX_GUESSES
+from costeer_vllm.protocol.messages import MAX_GUESS_BYTES, MAX_GUESSES
 from costeer_vllm.protocol.stream import extend_hash
 
 MIN_ROUND_TRIP_S = 0.002  # below it, the threads of two processes are no more punctual than that
@@ -78,7 +78,7 @@ class Ahead:
         self.strength = strength
         self.root: Told | None = None  # the same; None: it is not answered yet
         self.in_flight: list[tuple[int, int]] = []  # position and bytes of every guess that the engine may still keep
-        self._max_bytes, self._largest = max_bytes, 0
+        self._max_bytes, self._largest = min(max_bytes, MAX_GUESS_BYTES), 0
         self._hits = self._tries = 0.0
         self._windows = SPARE_WINDOWS  # that may still be spent
         self._asked_at: float | None = None  # seconds; None: by a Begin, whose prompts take their own time
@@ -107,7 +107,7 @@ class Ahead:
         self._windows = min(self._windows + WINDOWS_PER_TOKEN * len(tokens), SPARE_WINDOWS)
         if self._was_told:
             self.in_flight = [(place, size) for place, size in self.in_flight if place > position]
-        else:  # the engine forgets its guesses with the answer to this question
+        else:  # at the engine those in flight make room for what comes from now on
             self.root, self.in_flight = None, []
         return self._was_told
 

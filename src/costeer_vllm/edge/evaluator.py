@@ -85,7 +85,7 @@ class Evaluator:
         self._prefill_next = True
         if short:
             return results + self._guarded(self._step, short)
-        return results + self._guarded(self._guess, list(self._guesses()))
+        return results + self._guarded(self._guess, sorted(self._guesses()))
 
     def _take(self, order: Order) -> Failure | NoRoom | None:
         told = self._open(order) if order.query is not None else None
@@ -184,9 +184,9 @@ class Evaluator:
         return self._evaluate(dict.fromkeys(serials, ()))
 
     def _guess(self, serials: list[int]) -> list[Result]:
-        paths = {serial: path for serial, path in self._guesses().items() if serial in serials}
-        for serial, path in paths.items():
-            self._pairs[serial].rewrite(self._ahead[serial].position, path)
+        paths = self._guesses()
+        for serial in serials:
+            self._pairs[serial].rewrite(self._ahead[serial].position, paths[serial])
         return self._evaluate(paths) if paths else []
 
     def _guesses(self) -> dict[int, Path]:

@@ -11,7 +11,7 @@ ids of the chosen rows that are not cached yet, right-aligned, so that the last 
 The mask knows only positions: what lies in the arena beyond a row's length is never seen, and going back is setting the length.
 A new row starts from the longest cached prefix of any row that is open or is remembered: the private context, which stands at the
 same place in every prompt, is evaluated once. Which closed rows are remembered, GreedyDual decides (Young, 1994): that one goes
-whose loss would cost the fewest ids, and what it would cost is added to the value of whatever is used later.
+which would save the fewest ids, and the value that it had is added to that of whatever is used later.
 """
 
 import bisect
@@ -57,7 +57,7 @@ class Row:
     ids: list[int] = field(repr=False)
     known: Ids = field(repr=False)  # ids that another row may start with: the prompt, of a closed row all
     length: int = 0
-    value: int = 0  # of a remembered row: see SmallModel._value
+    value: int = 0  # of a remembered row: ids that it saves, on top of the value that was forgotten last
 
     @property
     def pending(self) -> int:
@@ -299,7 +299,8 @@ class SmallModel:
         for row in pair.rows:
             row.known = np.array(row.ids[: row.length], dtype=np.int64)
             row.ids = []
-            row.value = self._value(row)
+            others = (_shared_prefix(row.known, other.known) for other in self._remembered.values())
+            row.value = self._forgotten + row.length - max(others, default=0)
             self._remembered[row.index] = row
         while len(self._remembered) > NUM_REMEMBERED:
             least = min(self._remembered.values(), key=operator.attrgetter("value"))
@@ -415,13 +416,7 @@ class SmallModel:
         self._arena.copy(best.index, row.index, length)
         row.length = length
         if best.index in self._remembered:
-            best.value = self._value(best)
-
-    def _value(self, row: Row) -> int:
-        """What remembering ``row`` is worth now: ids that no other remembered row has, on top of the value forgotten last."""
-        others = (other for other in self._remembered.values() if other is not row)
-        shared = max((_shared_prefix(row.known, other.known) for other in others), default=0)
-        return self._forgotten + row.length - shared
+            best.value = self._forgotten + length
 
     def _shrink(self) -> None:
         """After a burst: keep the remembered rows only."""
