@@ -31,6 +31,7 @@ COMMANDS = {
         "dtype",
         "device",
         "max-streams",
+        "look-ahead",
         "threads",
         "tokens-only",
         "max-bits",

@@ -102,6 +102,9 @@ def edge(
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="The small model's number format.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     max_streams: Annotated[int, typer.Option(min=1, max=4096, help="Requests steered at the same time.")] = 64,
+    look_ahead: Annotated[
+        bool, typer.Option(help="Send deltas for the tokens expected next, where the way to the server is long: cloud fusion.")
+    ] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads for the small model.")] = None,
     tokens_only: Annotated[
         bool, typer.Option("--tokens-only", help="No delta leaves this device: requests are fused at the edge, or refused.")
@@ -152,6 +155,7 @@ def edge(
         dtype=dtype,
         device=device,
         max_streams=max_streams,
+        look_ahead=look_ahead,
         threads=threads,
         tokens_only=tokens_only,
         max_bits=max_bits,

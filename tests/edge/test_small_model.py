@@ -200,11 +200,48 @@ def test_remembered_rows_are_bounded_and_the_arena_shrinks_after_a_burst() -> No
         assert model._arena.num_rows >= 41
         for pair in pairs:
             model.close(pair)
-        assert len(model._remembered) == 2 * small_model.NUM_REMEMBERED
-        assert model._arena.num_rows == 2 * small_model.NUM_REMEMBERED + 1
+        assert len(model._remembered) == small_model.NUM_REMEMBERED
+        assert model._arena.num_rows == small_model.NUM_REMEMBERED + 1
     pair = model.open([*context, *some_ids(rng, 9)], some_ids(rng, 9))
     check(twin, pair, *evaluate(model, pair))
     assert pair.num_reused >= 30
+
+
+def test_other_contexts_in_between_do_not_drive_one_out() -> None:
+    """Rows without context, and further rows of the same context, cost little to evaluate again: they go first."""
+    model, twin = make("qwen2")
+    rng = random.Random(11)
+    contexts = [some_ids(rng, 300) for _ in range(small_model.NUM_REMEMBERED - 1)]
+    for i in [0, *range(len(contexts)), *[1] * 10, 0]:
+        query = some_ids(rng, 20)
+        pair = model.open(contexts[i] + query, query)
+        check(twin, pair, *evaluate(model, pair))
+        model.close(pair)
+    assert pair.num_reused >= 300
+    for _ in range(2 * small_model.NUM_REMEMBERED):  # but what is not used any more goes in the end
+        pair = model.open(some_ids(rng, 300), some_ids(rng, 20))
+        check(twin, pair, *evaluate(model, pair))
+        model.close(pair)
+    pair = model.open([*contexts[1], *some_ids(rng, 20)], some_ids(rng, 20))
+    check(twin, pair, *evaluate(model, pair))
+    assert pair.num_reused == 0
+
+
+def test_a_rewrite_keeps_what_agrees() -> None:
+    model, twin = make("qwen2")
+    rng = random.Random(12)
+    pair = model.open(some_ids(rng, 40), some_ids(rng, 12))
+    pair.rewrite(0, first := some_ids(rng, 10))
+    check(twin, pair, *evaluate(model, pair))
+    lengths = [row.length for row in pair.rows]
+    assert (pair.agreement(0, first), pair.agreement(4, first[4:]), pair.agreement(0, [*first, 5])) == (10, 6, 10)
+    pair.rewrite(2, [*first[2:7], 4, 4])
+    assert [row.length for row in pair.rows] == [length - 3 for length in lengths], "seven of ten stay"
+    check(twin, pair, *evaluate(model, pair))
+    pair.rewrite(0, [*first[:7], 4, 4])  # the same again: its last id is evaluated again
+    assert pair.pending == 1
+    check(twin, pair, *evaluate(model, pair))
+    model.close(pair)
 
 
 def test_a_failed_window_changes_nothing() -> None:

@@ -362,6 +362,29 @@ def test_two_devices_choose_differently_with_the_same_seed_and_one_device_the_sa
     assert tokens(other, "a") != first
 
 
+def test_a_guess_goes_out_while_it_may_come_true() -> None:
+    streams = make()
+    streams.feed(begin("a", tokens=[1], strength=1.5, guess_bytes=1000), 3.0)
+    (order,), _ = streams.take_orders()
+    assert (order.strength, order.guess_bytes, order.at) == (1.5, 1000, 3.0)
+
+    def guess(*tokens: int, guessed: int) -> Delta | Choice | End | None:
+        return streams.answered(Answer(1, len(tokens), extend_hash(0, tokens), b"delta", tokens[len(tokens) - guessed :]))
+
+    delta = Delta("a", 3, extend_hash(0, [1, 4, 5]), b"delta")
+    assert guess(1, 4, 5, guessed=2) == delta
+    streams.feed(advance("a", [1, 4]), 0.0)
+    assert guess(1, 4, 5, guessed=2) == delta, "the token that came is the one that was guessed"
+    assert guess(1, 6, 5, guessed=2) is None
+    assert guess(1, 4, 5, guessed=0) is None, "that would have been an answer to something else"
+    streams.feed(advance("a", [1, 4, 5]), 0.0)
+    assert guess(1, 4, 5, guessed=2) == delta, "asked for meanwhile, and not yet ordered"
+    streams.feed(advance("a", [1, 4, 5, 6]), 0.0)
+    assert guess(1, 4, 5, guessed=2) is None
+    streams.feed(advance("a", [1], num_new=0), 0.0)
+    assert guess(1, 4, 5, guessed=1) is None, "the stream went back to before what was guessed"
+
+
 def test_when_the_app_has_its_answer_its_streams_get_no_more() -> None:
     disclosures = Disclosures()
     streams = make(disclosures=disclosures)
@@ -377,5 +400,6 @@ def test_when_the_app_has_its_answer_its_streams_get_no_more() -> None:
         assert streams.feed(advance("a", [5]), 0.0) is None
         streams.take_orders()
     assert streams.feed(candidates("a", [5], BASE), 0.0) == End("a", "refused", OVER)
+    assert streams.answered(Answer(order.serial, 1, extend_hash(0, [7]), b"delta", (7,))) is None
     assert streams.answered(Answer(order.serial, 0, 0, b"delta")) == End("b", "refused", OVER)
     assert len(streams) == 0

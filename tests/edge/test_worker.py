@@ -61,11 +61,17 @@ class Twin:
     def __init__(self, model_dir: Path, tokenizer: Any) -> None:
         self.model, self.tokenizer = AutoModelForCausalLM.from_pretrained(model_dir).eval(), tokenizer
 
-    @torch.inference_mode()
     def delta(self, query: Query, generated: list[int], context: str = CONTEXT) -> np.ndarray:
+        log_with, log_without = self.rows(query, generated, context)
+        return log_with - log_without
+
+    def without(self, query: Query, generated: list[int]) -> np.ndarray:
+        return self.rows(query, generated, CONTEXT)[1]
+
+    @torch.inference_mode()
+    def rows(self, query: Query, generated: list[int], context: str) -> list[np.ndarray]:
         rows = [torch.tensor([ids + generated]) for ids in prompts(query, Surround(f"{context}\n\n"), self.tokenizer)]
-        log_with, log_without = (torch.log_softmax(self.model(row).logits[0, -1].double(), -1) for row in rows)
-        return (log_with - log_without).numpy()
+        return [torch.log_softmax(self.model(row).logits[0, -1].double(), -1).numpy() for row in rows]
 
     def check(self, answer: Delta | End, query: Query, generated: list[int], context: str = CONTEXT) -> None:
         assert isinstance(answer, Delta), answer

@@ -18,6 +18,7 @@ from costeer_vllm.engine.link import _MAX_QUEUED_FRAMES, HubLink
 from costeer_vllm.engine.steered import SteeredStream
 from costeer_vllm.engine.streams import StreamTable
 from costeer_vllm.protocol.messages import (
+    MAX_GUESS_BYTES,
     Advance,
     Begin,
     Candidates,
@@ -112,7 +113,7 @@ def engine(hub: FakeHub) -> Iterator[Engine]:
 def test_a_begin_carries_what_the_edge_worker_needs(engine: Engine) -> None:
     stream = engine.table.begin(request(), [5, 6], frozenset())
     begin = engine.hub.next(Begin)
-    assert begin == Begin(stream.id, "chatcmpl-1", "laptop", QUERY, 1.5, [5, 6], GRANT)
+    assert begin == Begin(stream.id, "chatcmpl-1", "laptop", QUERY, 1.5, [5, 6], GRANT, guess_bytes=MAX_GUESS_BYTES)
     assert stream.id.startswith("chatcmpl-1.")
     assert stream.position == 2
     assert len(engine.table) == 1
@@ -689,23 +690,24 @@ def test_every_token_is_steered_by_its_own_delta_or_missed(steps: list[tuple[str
     link = HubLink(hub.endpoint, None)
     hub.next(Join)
     engine = Engine(hub, StreamTable(link, VOCAB))
-    stream, prefix, steered = engine.begin(deadline_ms=0), [], 0
+    stream, prefix, steered, is_told = engine.begin(deadline_ms=0), [], 0, False
     former = delta_for(stream)
     for what, token in steps:
         own = delta_for(stream, VALUES + len(prefix))
-        guess = Delta(stream.id, stream.position + 1, extend_hash(stream.protocol.prefix_hash, [token]), own.payload)
+        after = encode_lossless(VALUES + len(prefix) + 1)
+        guess = Delta(stream.id, stream.position + 1, extend_hash(stream.protocol.prefix_hash, [token]), after)
         bad = msgspec.structs.replace(own, payload=b"bad")
         stale = [former] if prefix else [guess]
         sent = {"right": [own], "stale": stale, "guess": [guess], "bad": [bad], "twice": [own, own, former], "nothing": []}[what]
         engine.hear(*sent)
         engine.table.collect([stream])
-        if what in ("right", "twice"):
+        if is_told or what in ("right", "twice"):
             steered += 1
             assert isinstance(stream.answer, DenseDelta)
             assert stream.answer.values.tolist() == (VALUES + len(prefix)).tolist()
         else:
             assert stream.answer is None
-        former = own
+        former, is_told = own, guess in sent
         prefix.append(token)
         engine.advance(stream, token)
     assert engine.end(stream, 0) == (steered, len(steps) - steered)

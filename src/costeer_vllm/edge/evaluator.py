@@ -1,5 +1,7 @@
 """The model thread's half of the edge worker: orders in, payloads out, one window of the small model per turn.
 
+While no stream waits for an answer the windows go to guesses: one token each for the streams that look ahead (``ahead.py``).
+
 Whatever goes wrong here ends the streams it happened to, with a fixed sentence; the text of an exception is never passed on, for
 it may hold a part of the private context.
 """
@@ -7,12 +9,13 @@ it may hold a part of the private context.
 import contextlib
 import logging
 import math
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import torch
 
 from costeer_vllm.delta import encode_lossless, encode_sparse
+from costeer_vllm.edge.ahead import NUM_LIKELY, Ahead, LogProbs, Pace, Path, Told
 from costeer_vllm.edge.context import ChoosingFailed, PrivateContexts
 from costeer_vllm.edge.prompts import RenderingFailed, prompts, where
 from costeer_vllm.edge.retrieval import Retriever
@@ -23,8 +26,6 @@ from costeer_vllm.edge.streams import Answer, Failure, NoRoom, Order, Read, Resu
 from costeer_vllm.protocol.messages import EndReason
 
 NO_CONTEXT = "the edge worker does not have, or cannot read any more, the private context that is asked for"
-
-LogProbs: TypeAlias = npt.NDArray[np.float32]  # [vocab], nats
 
 log = logging.getLogger("costeer.edge")
 
@@ -41,20 +42,23 @@ class Evaluator:
         encoding: Encoding,
         retriever: Retriever,
         tells_reads: bool = False,
+        look_ahead: bool = True,
     ) -> None:
         """``tells_reads``: whether somebody wants to know what the small model thought of each token."""
-        self._tells_reads = tells_reads
+        self._tells_reads, self._look_ahead = tells_reads, look_ahead
         self._model, self._tokenizer, self._template = model, tokenizer, template
         self._contexts, self._encoding, self._retriever = contexts, encoding, retriever
         self._pairs: dict[int, Pair] = {}
         self._asked: dict[int, Order] = {}  # to be answered, the longest waiting first
-        self._last: dict[int, tuple[int, LogProbs, LogProbs]] = {}  # cloud fusion: position; with and without context
+        self._ahead: dict[int, Ahead] = {}  # cloud fusion
         self._prefill_next = False
+        self._end = tokenizer.eos_token_id  # what would follow it is not asked for
+        self.pace = Pace()
 
     @property
     def is_busy(self) -> bool:
         """Whether another turn has something to do."""
-        return bool(self._asked)
+        return bool(self._asked or self._guesses())
 
     def turn(self, orders: list[Order], closed: list[int]) -> list[Result]:
         """Take orders, then evaluate one window: the next ids of all streams that need only those, or a part of one prompt.
@@ -79,12 +83,16 @@ class Evaluator:
             self._prefill_next = False
             return results + self._guarded(self._prefill, [long])
         self._prefill_next = True
-        return results + (self._guarded(self._step, short) if short else [])
+        if short:
+            return results + self._guarded(self._step, short)
+        return results + self._guarded(self._guess, sorted(self._guesses()))
 
     def _take(self, order: Order) -> Failure | NoRoom | None:
         told = self._open(order) if order.query is not None else None
         pair = self._pairs.get(order.serial)
         if pair is None:  # it cannot be opened, or was given up in the meantime; its Failure is on the way
+            return told
+        if self._was_told(order, pair):
             return told
         pair.rewrite(order.keep, order.tokens)
         limit = self._model.max_positions
@@ -94,6 +102,17 @@ class Evaluator:
             return self._give_up(order.serial, "refused", f"the stream is longer than the small model's {limit} positions")
         self._asked[order.serial] = order
         return told
+
+    def _was_told(self, order: Order, pair: Pair) -> bool:
+        """Whether the delta that an order asks for is on its way already; ``pair`` then holds its prefix."""
+        ahead = self._ahead.get(order.serial)
+        if ahead is None or order.query is not None:
+            return False
+        if not ahead.advance(order.keep, order.tokens, order.position, order.prefix_hash, order.at, self.pace):
+            return False
+        if pair.agreement(order.keep, order.tokens) < len(order.tokens):  # a less likely guess came true
+            pair.rewrite(order.keep, order.tokens)
+        return True
 
     def _do_without(self, serial: int, pair: Pair) -> NoRoom:
         """Go on with two rows without context: in edge fusion a refusal would tell how long the context is, uncounted."""
@@ -105,11 +124,12 @@ class Evaluator:
         return NoRoom(serial)
 
     def _read(self, order: Order) -> Read | None:
-        """What the small model thought of the token that was chosen at the position it answered last."""
-        position, with_context, without_context = self._last.pop(order.serial, (-1, None, None))
-        if position != order.keep or not order.tokens or with_context is None or without_context is None:
+        """What the small model thought of the token that was chosen at the newest position."""
+        ahead = self._ahead.get(order.serial)
+        if ahead is None or ahead.root is None or ahead.root.rows is None or ahead.position != order.keep or not order.tokens:
             return None
         token = order.tokens[0]
+        with_context, without_context = ahead.root.rows
         return Read(order.serial, token, math.exp(without_context[token]), math.exp(with_context[token]))
 
     def _open(self, order: Order) -> Failure | NoRoom | None:
@@ -121,6 +141,9 @@ class Evaluator:
                 self._pairs[order.serial] = self._model.open(without_ids, without_ids)
                 return NoRoom(order.serial)
             self._pairs[order.serial] = self._model.open(with_ids, without_ids)
+            if order.fusion == "cloud":
+                max_bytes = order.guess_bytes if self._look_ahead else 0
+                self._ahead[order.serial] = Ahead(order.position, order.prefix_hash, order.strength, max_bytes)
         except TooLong as error:
             return Failure(order.serial, "refused", str(error))
         except ContextUnreadable as error:
@@ -158,29 +181,73 @@ class Evaluator:
         return []
 
     def _step(self, serials: list[int]) -> list[Result]:
-        serials = sorted(serials, key=lambda serial: self._pairs[serial].with_context.index)
+        return self._evaluate(dict.fromkeys(serials, ()))
+
+    def _guess(self, serials: list[int]) -> list[Result]:
+        paths = self._guesses()
+        for serial in serials:
+            self._pairs[serial].rewrite(self._ahead[serial].position, paths[serial])
+        return self._evaluate(paths) if paths else []
+
+    def _guesses(self) -> dict[int, Path]:
+        """For every stream the path that it should tell next unasked, if there is one."""
+        if not self.pace.pays:
+            return {}
+        paths = {serial: ahead.next(self.pace.reach) for serial, ahead in self._ahead.items()}
+        return {serial: path for serial, path in paths.items() if path and self._fits(serial, path)}
+
+    def _fits(self, serial: int, path: Path) -> bool:
+        length = self._pairs[serial].prompt_length + self._ahead[serial].position + len(path)
+        return length <= self._model.max_positions
+
+    def _evaluate(self, paths: dict[int, Path]) -> list[Result]:
+        """One window for the newest ids of these streams: those of a question, where the path is empty, or of a guess."""
+        serials = sorted(paths, key=lambda serial: self._pairs[serial].with_context.index)
         log_with, log_without = self._model.step([self._pairs[serial] for serial in serials])
-        rows = zip(serials, log_with.cpu().numpy(), log_without.cpu().numpy(), strict=True)
-        return [self._answer(serial, with_context, without_context) for serial, with_context, without_context in rows]
+        is_bad = torch.isnan(log_with.amax(-1) + log_without.amax(-1)).tolist()
+        likely = self._likely(serials, log_with, log_without)
+        answers = list[Result]()
+        for serial, bad, *row in zip(serials, is_bad, likely, log_with.cpu().numpy(), log_without.cpu().numpy(), strict=True):
+            if bad:
+                answers.append(self._give_up(serial, "failed", "the small model of the edge worker gives no numbers"))
+            elif (answer := self._answer(serial, paths[serial], *row)) is not None:
+                answers.append(answer)
+        return answers
 
-    def _answer(self, serial: int, with_context: LogProbs, without_context: LogProbs) -> Result:
-        if np.isnan(with_context.sum()) or np.isnan(without_context.sum()):
-            return self._give_up(serial, "failed", "the small model of the edge worker gives no numbers")
-        order = self._asked.pop(serial)
-        if order.fusion == "cloud" and self._tells_reads:  # copies, for a row keeps the whole batch
-            self._last[serial] = order.position, with_context.copy(), without_context.copy()
-        return Answer(serial, order.position, order.prefix_hash, self._delta(order, with_context, without_context))
+    def _likely(self, serials: list[int], log_with: torch.Tensor, log_without: torch.Tensor) -> list[list[tuple[int, float]]]:
+        """What may come next in each stream, the likeliest first: ids and probabilities in the stand-in of ``ahead``."""
+        if not self.pace.pays or not any(serial in self._ahead for serial in serials):
+            return [[] for _ in serials]
+        strengths = [self._ahead[serial].strength if serial in self._ahead else 0.0 for serial in serials]
+        stand_in = torch.lerp(log_without, log_with, log_with.new_tensor(strengths)[:, None])
+        stand_in.nan_to_num_(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)  # an id that a row cannot produce
+        top = stand_in.topk(NUM_LIKELY)
+        shares = (top.values - stand_in.logsumexp(-1, keepdim=True)).exp()
+        rows = zip(top.indices.tolist(), shares.tolist(), strict=True)
+        return [[(token, p) for token, p in zip(*row, strict=True) if token != self._end] for row in rows]
 
-    def _delta(self, order: Order, with_context: LogProbs, without_context: LogProbs) -> bytes | LogProbs:
-        if order.fusion == "cloud" and self._encoding == "sparse":
+    def _answer(
+        self, serial: int, path: Path, likely: list[tuple[int, float]], with_context: LogProbs, without_context: LogProbs
+    ) -> Answer | None:
+        order = None if path else self._asked.pop(serial)
+        ahead = self._ahead.get(serial)
+        if ahead is None:
+            assert order is not None
+            return Answer(serial, order.position, order.prefix_hash, _difference(with_context, without_context))
+        payload = self._encoded(with_context, without_context)
+        rows = (with_context.copy(), without_context.copy()) if self._tells_reads else None  # a view keeps the whole batch
+        if not ahead.tell(path, Told(likely, rows), len(payload)):
+            return None
+        return Answer(serial, ahead.position + len(path), ahead.hash_of(path), payload, path)
+
+    def _encoded(self, with_context: LogProbs, without_context: LogProbs) -> bytes:
+        if self._encoding == "sparse":
             return encode_sparse(with_context, without_context)
-        with np.errstate(invalid="ignore"):  # -inf - -inf
-            delta = with_context - without_context
-        return encode_lossless(delta) if order.fusion == "cloud" else delta
+        return encode_lossless(_difference(with_context, without_context))
 
     def _give_up(self, serial: int, reason: EndReason, sentence: str) -> Failure:
         self._asked.pop(serial, None)
-        self._last.pop(serial, None)
+        self._ahead.pop(serial, None)
         pair = self._pairs.pop(serial, None)
         if pair is not None:
             with contextlib.suppress(Exception):  # an accelerator in such a state that not even zeros can be written
@@ -189,7 +256,7 @@ class Evaluator:
 
     def _close(self, serial: int) -> None:
         self._asked.pop(serial, None)
-        self._last.pop(serial, None)
+        self._ahead.pop(serial, None)
         pair = self._pairs.pop(serial, None)
         if pair is not None:
             self._model.close(pair)
@@ -197,3 +264,9 @@ class Evaluator:
 
 def _is_short(pair: Pair) -> bool:
     return pair.pending <= STEP_TOKENS
+
+
+def _difference(with_context: LogProbs, without_context: LogProbs) -> LogProbs:
+    with np.errstate(invalid="ignore"):  # -inf - -inf
+        delta: LogProbs = with_context - without_context
+    return delta

@@ -51,7 +51,9 @@ def load(settings: EdgeSettings) -> Loaded:
     reranker = None if settings.reranker is None else CrossEncoder.load(settings.reranker, model.device)
     retriever = Retriever(tokenizer, budget(settings.context_tokens, model.max_positions), reranker)
     contexts.prepare(retriever)
-    evaluator = Evaluator(model, tokenizer, template, contexts, settings.delta, retriever, settings.gateway is not None)
+    evaluator = Evaluator(
+        model, tokenizer, template, contexts, settings.delta, retriever, settings.gateway is not None, settings.look_ahead
+    )
     return Loaded(evaluator, contexts, fingerprint(vocab), model.num_tokens, model.max_positions, copy.deepcopy(tokenizer).decode)
 
 

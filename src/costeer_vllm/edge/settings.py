@@ -67,6 +67,7 @@ class EdgeSettings:
     dtype: DType = "auto"
     device: str = "auto"
     max_streams: int = 64
+    look_ahead: bool = True  # tell deltas before they are asked for, where the round trip is worth it: see ahead.py
     threads: int | None = None
     gateway: GatewaySettings | None = None
     tokens_only: bool = False  # no delta ever leaves this device: edge fusion or none

@@ -9,14 +9,14 @@ ids of the chosen rows that are not cached yet, right-aligned, so that the last 
     mask       [n, 1, q, L]   additive: a query at position p sees key i if i <= p (and p - i < window where layers slide)
 
 The mask knows only positions: what lies in the arena beyond a row's length is never seen, and going back is setting the length.
-A new row starts from the longest cached prefix of any row that is open or was closed lately: the private context, which stands at
-the same place in every prompt, is evaluated once.
+A new row starts from the longest cached prefix of any row that is open or is remembered: the private context, which stands at the
+same place in every prompt, is evaluated once. Which closed rows are remembered, GreedyDual decides (Young, 1994): that one goes
+which would save the fewest ids, and the value that it had is added to that of whatever is used later.
 """
 
 import bisect
 import itertools
 import operator
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -35,7 +35,7 @@ from costeer_vllm.errors import CoSteerError, InvalidParameter, Unsupported
 PREFILL_TOKENS = 512  # per window: bounds how long the streams that only need their next token wait for a long prompt
 STEP_TOKENS = 8  # per row: pairs with at most so many new ids are evaluated together
 MAX_PADS = 32  # a pair whose rows differ by more new ids is brought nearer to level first: pads cost as much as ids
-NUM_REMEMBERED = 4  # closed pairs whose rows stay as prefixes for later ones
+NUM_REMEMBERED = 8  # closed rows that stay as prefixes for later ones
 MIN_REUSE = 4  # ids: below it, copying costs more than evaluating
 
 _FIRST_CAPACITY = 256  # ids per row of the arena before it grows
@@ -57,6 +57,7 @@ class Row:
     ids: list[int] = field(repr=False)
     known: Ids = field(repr=False)  # ids that another row may start with: the prompt, of a closed row all
     length: int = 0
+    value: int = 0  # of a remembered row: ids that it saves, on top of the value that was forgotten last
 
     @property
     def pending(self) -> int:
@@ -96,8 +97,24 @@ class Pair:
         """One window is enough for all that is new; otherwise ``prefill`` comes before ``step``."""
         return 2 * self.pending <= PREFILL_TOKENS and abs(self.gap) <= MAX_PADS
 
+    @property
+    def prompt_length(self) -> int:
+        """Ids of the longer row before the first generated one."""
+        return self.length - self.num_generated
+
+    def agreement(self, keep: int, tokens: Sequence[int]) -> int:
+        """How many of ``tokens`` stand behind the first ``keep`` generated ids already."""
+        row = self.without_context
+        start = len(row.ids) - self.num_generated + keep
+        return next((i for i, token in enumerate(tokens) if row.ids[start + i : start + i + 1] != [token]), len(tokens))
+
     def rewrite(self, keep: int, tokens: Sequence[int]) -> None:
-        """Keep the first ``keep`` generated ids and append ``tokens``; at least one id of each row is then to be evaluated."""
+        """Keep the first ``keep`` generated ids and append ``tokens``; at least one id of each row is then to be evaluated.
+
+        Where ``tokens`` agree with the ids that stood there, those stay cached.
+        """
+        same = self.agreement(keep, tokens)
+        keep, tokens = keep + same, tokens[same:]
         drop = self.num_generated - keep
         assert drop >= 0
         for row in self.rows:
@@ -207,7 +224,8 @@ class SmallModel:
         self._arena = Arena()
         self._free: list[int] = []  # rows of the arena, the lowest last
         self._open: set[Pair] = set()
-        self._remembered: OrderedDict[int, Row] = OrderedDict()  # by row of the arena, the oldest first
+        self._remembered: dict[int, Row] = {}  # by row of the arena, the oldest first
+        self._forgotten = 0  # the value of the row that was forgotten last
         self._zero = torch.zeros((), dtype=self.dtype, device=self.device)
         self._low = torch.full((), torch.finfo(self.dtype).min, dtype=self.dtype, device=self.device)
         self._keys = torch.arange(_FIRST_CAPACITY, device=self.device)
@@ -281,10 +299,14 @@ class SmallModel:
         for row in pair.rows:
             row.known = np.array(row.ids[: row.length], dtype=np.int64)
             row.ids = []
+            others = (_shared_prefix(row.known, other.known) for other in self._remembered.values())
+            row.value = self._forgotten + row.length - max(others, default=0)
             self._remembered[row.index] = row
-        while len(self._remembered) > 2 * NUM_REMEMBERED:
-            self._release(self._remembered.popitem(last=False)[0])
-        if not self._open and self._arena.num_rows > 4 * NUM_REMEMBERED + 1:
+        while len(self._remembered) > NUM_REMEMBERED:
+            least = min(self._remembered.values(), key=operator.attrgetter("value"))
+            self._forgotten = least.value
+            self._release(self._remembered.pop(least.index).index)
+        if not self._open and self._arena.num_rows > 2 * NUM_REMEMBERED + 1:
             self._shrink()
 
     @torch.inference_mode()
@@ -394,7 +416,7 @@ class SmallModel:
         self._arena.copy(best.index, row.index, length)
         row.length = length
         if best.index in self._remembered:
-            self._remembered.move_to_end(best.index)
+            best.value = self._forgotten + length
 
     def _shrink(self) -> None:
         """After a burst: keep the remembered rows only."""
@@ -402,7 +424,7 @@ class SmallModel:
         self._arena.shrink([row.index for row in rows], max([_FIRST_CAPACITY, *(row.length for row in rows)]))
         for index, row in enumerate(rows, start=1):
             row.index = index
-        self._remembered = OrderedDict((row.index, row) for row in rows)
+        self._remembered = {row.index: row for row in rows}
         self._free = []
 
     # --- start-up ---

@@ -26,7 +26,7 @@ OVER = "the app that asked has its answer, or does not want it any more"
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Bring a stream to a prefix and tell its delta: keep the first ``keep`` generated ids, append ``tokens``."""
+    """Bring a stream to a prefix and tell its delta, if it was not told ahead: keep ``keep`` generated ids, append ``tokens``."""
 
     serial: int
     keep: int
@@ -35,6 +35,9 @@ class Order:
     prefix_hash: int
     query: Query | None = None  # of a new stream
     fusion: Fusion = "cloud"
+    strength: float = 1.0
+    guess_bytes: int = 0  # that the engine keeps; 0: no delta may come unasked
+    at: float = 0.0  # seconds: when the newest frame came
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class Answer:
     position: int
     prefix_hash: int
     delta: bytes | npt.NDArray[np.float32]  # a payload; or [vocab], nats
+    guessed: tuple[int, ...] = ()  # the last tokens of the prefix, if nobody has chosen them yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,8 @@ class _Stream:
     name: str
     serial: int  # never used twice, unlike the name
     query: Query | None  # None once it is ordered
+    strength: float
+    guess_bytes: int
     disclosure: Disclosure
     chooser: Chooser | None  # None: cloud fusion
     seen: float  # last frame
@@ -140,19 +146,33 @@ class Streams:
         for stream in self._asked.values():
             tokens, query = tuple(stream.tokens[stream.kept :]), stream.query
             fusion: Fusion = "cloud" if stream.chooser is None else "edge"
-            orders.append(Order(stream.serial, stream.kept, tokens, len(stream.tokens), stream.hashes[-1], query, fusion))
+            orders.append(
+                Order(
+                    stream.serial,
+                    stream.kept,
+                    tokens,
+                    len(stream.tokens),
+                    stream.hashes[-1],
+                    query,
+                    fusion,
+                    stream.strength,
+                    stream.guess_bytes,
+                    stream.seen,
+                )
+            )
             stream.kept, stream.query = len(stream.tokens), None
         closed = self._closed
         self._asked, self._closed = {}, []
         return orders, closed
 
     def answered(self, answer: Answer) -> Delta | Choice | End | None:
-        """What goes out for an answer: nothing if its prefix is no longer the newest, or its candidates are not there yet."""
+        """What goes out for an answer: nothing if its prefix cannot come true any more, or its candidates are not there yet."""
         stream = self._by_serial.get(answer.serial)
-        if stream is None or answer.serial in self._asked or not _stands_at(stream, answer.position, answer.prefix_hash):
+        if stream is None or not _may_come(stream, answer) or (answer.serial in self._asked and not answer.guessed):
             return None
-        if stream.disclosure.is_over:
-            return self._end(stream.name, "refused", OVER)
+        if stream.disclosure.is_over:  # nobody asked for what lies ahead
+            is_asked = _stands_at(stream, answer.position, answer.prefix_hash)
+            return self._end(stream.name, "refused", OVER) if is_asked else None
         if isinstance(answer.delta, bytes):
             return Delta(stream.name, answer.position, answer.prefix_hash, answer.delta)
         assert stream.chooser is not None
@@ -212,7 +232,9 @@ class Streams:
         self._last_serial += 1
         disclosure = chooses.disclosure if chooses else self._disclosures.of(begin.request, begin.query.ref)
         disclosure.begun()
-        stream = _Stream(begin.stream, self._last_serial, begin.query, disclosure, chooses, now)
+        stream = _Stream(
+            begin.stream, self._last_serial, begin.query, begin.strength, begin.guess_bytes, disclosure, chooses, now
+        )
         _append(stream, begin.tokens)
         self._by_name[stream.name] = self._by_serial[stream.serial] = self._asked[stream.serial] = stream
         return None
@@ -294,6 +316,14 @@ def _truncate(stream: _Stream, length: int) -> None:
 
 def _stands_at(stream: _Stream, position: int, prefix_hash: int) -> bool:
     return (len(stream.tokens), stream.hashes[-1]) == (position, prefix_hash)
+
+
+def _may_come(stream: _Stream, answer: Answer) -> bool:
+    """Whether an answer's prefix is the newest, or continues it by tokens that it guesses."""
+    left = answer.position - len(stream.tokens)
+    if not 0 <= left <= len(answer.guessed):
+        return False
+    return extend_hash(stream.hashes[-1], answer.guessed[len(answer.guessed) - left :]) == answer.prefix_hash
 
 
 def _num_forms(query: Query) -> int:

@@ -13,6 +13,7 @@ import random
 import secrets
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ IDLE_S = 600.0  # without a frame a stream is closed
 ATTACH_TIMEOUT_S = 10.0
 PING_INTERVAL_S, PING_TIMEOUT_S = 10.0, 20.0
 GATHER_SHARE, MAX_GATHER_S = 0.2, 0.01  # of a window's time: how long the first asked stream waits for the others
+NUM_PINGS = 4  # of which the quickest counts: the others met a busy thread
 
 log = logging.getLogger("costeer.edge")
 
@@ -205,7 +207,7 @@ class EdgeWorker:
             )  # fmt: skip
             self._steerable = self._contexts
             try:
-                await first_of(self._read(websocket), self._answer(websocket), self._expire(websocket))
+                await first_of(self._read(websocket), self._answer(websocket), self._expire(websocket), self._measure(websocket))
             finally:
                 self._steerable = None
                 self._books.detached()
@@ -245,6 +247,7 @@ class EdgeWorker:
         while True:
             if not self._evaluator.is_busy:
                 await self._news.wait()
+            if self._streams.num_asked:
                 await self._gather()
             self._news.clear()
             for result in await self._turn():
@@ -265,6 +268,14 @@ class EdgeWorker:
             for end in self._streams.expire(time.monotonic() - IDLE_S):
                 await self._send_if_any(websocket, end)
                 self._news.set()
+
+    async def _measure(self, websocket: ClientConnection) -> None:
+        """How long the round trip to the hub takes."""
+        latest: deque[float] = deque(maxlen=NUM_PINGS)
+        while True:
+            latest.append(await (await websocket.ping()))
+            self._evaluator.pace.round_trip_s = min(latest)
+            await asyncio.sleep(PING_INTERVAL_S if len(latest) == NUM_PINGS else 0)
 
     async def _turn(self) -> list[Result]:
         """Hand the newest orders to the model thread and wait for its results."""

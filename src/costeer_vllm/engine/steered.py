@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from costeer_vllm.candidates import decode_candidates
 from costeer_vllm.delta import DenseDelta, SparseDelta, decode
 from costeer_vllm.engine.board import State
+from costeer_vllm.engine.guesses import Guesses
 from costeer_vllm.errors import InvalidDelta
-from costeer_vllm.protocol.messages import Begin, Candidates, Choice, Delta, End, EndReason, Sampling
+from costeer_vllm.protocol.messages import MAX_GUESS_BYTES, Begin, Candidates, Choice, Delta, End, EndReason, Sampling
 from costeer_vllm.protocol.stream import Stream
 from costeer_vllm.request import SteeringRequest
 
@@ -36,6 +37,7 @@ class SteeredStream:
     protocol: Stream = field(default_factory=Stream)
     tokens: list[int] = field(default_factory=list)  # generated so far: what a worker that comes back must be told
     offer: Candidates | None = None  # edge fusion: what the current position's token is chosen from
+    guesses: Guesses = field(default_factory=Guesses)  # cloud fusion: answers to positions that are still to come
     payload: bytes | None = None  # of the answer for the current position: a delta as it came, or the id of the chosen token
     answer: DenseDelta | SparseDelta | int | None = None  # the same
     asked_at: float = 0.0  # seconds, monotonic: when the question was sent that is open now
@@ -80,12 +82,24 @@ class SteeredStream:
     def begin(self) -> Begin:
         """The message that opens the stream at the tokens it has."""
         asks = self.request
-        return Begin(self.id, asks.request, asks.worker, asks.query, asks.strength, list(self.tokens), asks.grant, self.sampling)
+        return Begin(
+            self.id,
+            asks.request,
+            asks.worker,
+            asks.query,
+            asks.strength,
+            list(self.tokens),
+            asks.grant,
+            self.sampling,
+            MAX_GUESS_BYTES if self.sampling is None else 0,
+        )
 
     def closes(self, end: End) -> None:
         """The edge worker or the hub ended the stream."""
         self.closed_by = end
-        self.failures += end.reason not in _PASSING
+        if end.reason not in _PASSING:
+            self.failures += 1
+            self.guesses.clear()
         if self.request.on_missing == "continue":
             return
         is_final = end.reason == "refused" or self.failures > MAX_FAILURES

@@ -110,6 +110,8 @@ class StreamTable:
             self._post(stream)  # it is begun again in its time
         else:
             self._ask(stream, message)
+        if (guess := stream.guesses.take(message.position, message.prefix_hash)) is not None:
+            self._answer(stream, guess)
 
     def end(self, stream: SteeredStream, reason: EndReason, num_chosen: int) -> None:
         """Close a stream and report its counts; ``num_chosen`` tokens were chosen, and kept, since the last advance."""
@@ -249,6 +251,8 @@ class StreamTable:
 
     def _ask(self, stream: SteeredStream, message: Begin | Advance) -> None:
         stream.protocol.feed(message)
+        if isinstance(message, Begin):
+            stream.guesses.clear()
         stream.asked_at = time.monotonic()
         stream.again_at, stream.asked_to_begin = stream.asked_at + _ASK_AGAIN_S, isinstance(message, Begin)
         stream.waits_since = stream.waits_since or stream.asked_at
@@ -273,7 +277,8 @@ class StreamTable:
             return
         known = self._answer_times.get(stream.request.worker)
         state = stream.state(time.monotonic())
-        answer_s = 0.0 if known is None or (stream.asked_to_begin and state is State.ASKED) else known.bound
+        is_unknown = known is None or (stream.asked_to_begin if state is State.ASKED else len(stream.guesses) > 0)
+        answer_s = 0.0 if known is None or is_unknown else known.bound  # the next answer may lie here already: it is tried
         self._board.write(ticket, stream.position, state, stream.asked_at, answer_s)
 
     # Messages
@@ -324,12 +329,20 @@ class StreamTable:
             return
         is_late = not stream.protocol.wants(message)
         if is_late and (stream.sampling is None or isinstance(message, Delta)):
+            if stream.sampling is None and isinstance(message, Delta):
+                stream.guesses.keep(message, stream.position)
+                self._post(stream)
             return
         if is_late:
             # Where no choice is waited for, none can be in time: this one shows whether it would have been.
             offered_at = stream.offered_at.pop(message.position, -math.inf)
             stream.silent &= time.monotonic() - offered_at > stream.request.deadline_ms / 1000
             return
+        self._note_answer_time(stream)
+        self._answer(stream, message)
+
+    def _answer(self, stream: SteeredStream, message: Delta | Choice) -> None:
+        """Take ``message`` as the answer for the current position."""
         stream.silent = False
         try:
             stream.answer = stream.decoded(message, self._vocab_size)
@@ -341,7 +354,6 @@ class StreamTable:
             stream.payload = message.payload if isinstance(message, Delta) else message.token.to_bytes(4, "little")
             stream.protocol.feed(message)
             stream.failures = 0
-            self._note_answer_time(stream)
         self._post(stream)
 
     def _note_answer_time(self, stream: SteeredStream) -> None:

@@ -23,6 +23,8 @@ MAX_QUERY_BYTES = 2**20
 MAX_CANDIDATES = 1024
 MIN_ROUNDING, MAX_ROUNDING = 1e-3, 1.0  # nats: the step of a candidate's log-probability, of which 16 bits must reach far enough
 MAX_TOKENS = 2**17  # ids in one message: the longest replay
+MAX_GUESSES = 32  # deltas that an engine keeps, for each stream, of prefixes that may come true
+MAX_GUESS_BYTES = 2 * 2**20  # of their payloads: three lossless ones over 152,064 entries
 
 Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._@:-]*\Z")]
 StreamId: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=192, pattern=r"^[\x21-\x7e]+\Z")]
@@ -153,6 +155,7 @@ class Begin(Message, frozen=True):
     tokens: TokenIds = []  # generated before, oldest first; position is their number
     grant: Digest | None = None  # see protocol/keys.py
     sampling: Sampling | None = None  # None: cloud fusion
+    guess_bytes: Count = 0  # of unasked Deltas that the engine keeps for this stream, MAX_GUESSES at the most; 0: none
 
     @property
     def fusion(self) -> Fusion:
@@ -170,7 +173,7 @@ class Advance(Message, frozen=True):
 
 
 class Delta(Message, frozen=True):
-    """The edge worker's delta for exactly one prefix; any other use is forbidden."""
+    """The edge worker's delta for exactly one prefix, asked for or guessed; any other use is forbidden."""
 
     stream: StreamId
     position: Position
