@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 PATIENCE_S = 0.25  # a step that has nothing else to do waits so long at the most: new requests and cancellations wait as well
-GRACE_SHARE, MIN_GRACE_S = 0.1, 0.002  # of a step's duration: what one request may cost the others in its step
+GRACE_SHARE, MIN_GRACE_S = 0.1, 0.001  # of a step's duration: what one request may cost the others in its step
 _GAIN, _DEVIATION_GAIN, _DEVIATIONS = 1 / 8, 1 / 4, 4  # of the estimate: those of TCP's retransmission timer, RFC 6298
 _MIN_DEVIATION = 0.05  # of the mean
 _LONGEST_STEP_S = 1.0  # longer ones are pauses
