@@ -30,7 +30,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from costeer_vllm.errors import InvalidParameter
 from costeer_vllm.hub.app import HubSettings
 from costeer_vllm.protocol import keys
-from costeer_vllm.protocol.messages import Admitted, Delta, End, Join, Refused, encode
+from costeer_vllm.protocol.messages import Admitted, Delta, End, Join, Reattached, Refused, encode
 
 KEY = "a-very-secret-attach-key"
 
@@ -148,8 +148,9 @@ class TestStreams:
             old.receive()
             new.attach("alice", instance="mine")
             assert server.receive().reason == "detached"
+            assert server.receive() == Reattached("s")
             closed_with(old, 1000)
-            steer(new, server, "again")
+            steer(new, server, "s")
 
     def test_an_engine_frame_that_is_no_message_costs_nothing(self, hub):
         with edge(hub) as worker, engine(hub) as server:

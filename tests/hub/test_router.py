@@ -184,6 +184,38 @@ class TestAttach:
         ends.edge_lost(ALICE)
         assert list(ends.router.attachments) == [BOB]
 
+    def test_a_worker_that_is_back_is_told_to_the_engines_whose_streams_it_had(self, ends):
+        for name in ("a", "b", "over"):
+            ends.engine(ENGINE, begin(name))
+        ends.edge_lost(ALICE)
+        ends.engine(ENGINE, End("over", "finished"))
+        ends.forget()
+        ends.edge(BOB, attach("alice"))
+        assert ends.take(ENGINE) == [Reattached("a"), Reattached("b")]
+        ends.engine(ENGINE, begin("a", tokens=[1, 2]))
+        ends.edge(BOB, delta("a", 2))
+        assert ends.take(ENGINE) == [delta("a", 2)]
+
+    def test_each_return_is_told_once_and_only_to_streams_that_are_still_without_a_worker(self, ends):
+        ends.engine(ENGINE, begin("a"))
+        ends.edge_lost(ALICE)
+        ends.edge(BOB, attach("alice"))
+        ends.engine(ENGINE, begin("a"))
+        ends.edge_lost(BOB)
+        ends.engine(ENGINE, begin("a"))  # refused: nobody is there
+        ends.forget()
+        ends.edge(CAROL, attach("alice"))
+        assert ends.take(ENGINE) == [Reattached("a")]
+        assert not ends.router._detached
+
+    def test_a_stream_that_the_worker_ended_itself_is_not_offered_to_it_again(self, ends):
+        ends.engine(ENGINE, begin("a"))
+        ends.edge(ALICE, End("a", "failed", "no"))
+        ends.edge_lost(ALICE)
+        ends.forget()
+        ends.edge(BOB, attach("alice"))
+        assert ends.take(ENGINE) == []
+
     def test_full(self):
         ends = Ends(Limits(max_attachments=1))
         ends.edge(ALICE, attach("alice"))
