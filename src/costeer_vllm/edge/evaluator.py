@@ -173,7 +173,7 @@ class Evaluator:
 
     def _delta(self, order: Order, with_context: LogProbs, without_context: LogProbs) -> bytes | LogProbs:
         if order.fusion == "cloud" and self._encoding == "sparse":
-            return encode_sparse(with_context, without_context)
+            return encode_sparse(with_context, without_context, order.strength)
         with np.errstate(invalid="ignore"):  # -inf - -inf
             delta = with_context - without_context
         return encode_lossless(delta) if order.fusion == "cloud" else delta

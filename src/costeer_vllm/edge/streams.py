@@ -20,6 +20,7 @@ from costeer_vllm.errors import InvalidCandidates, InvalidParameter
 from costeer_vllm.protocol import keys
 from costeer_vllm.protocol.messages import Advance, Begin, Candidates, Choice, Delta, End, EndReason, Fusion, Query
 from costeer_vllm.protocol.stream import extend_hash
+from costeer_vllm.steering import check_strength
 
 OVER = "the app that asked has its answer, or does not want it any more"
 
@@ -33,6 +34,7 @@ class Order:
     tokens: tuple[int, ...]
     position: int
     prefix_hash: int
+    strength: float  # c_T
     query: Query | None = None  # of a new stream
     fusion: Fusion = "cloud"
 
@@ -81,6 +83,7 @@ class _Stream:
     name: str
     serial: int  # never used twice, unlike the name
     query: Query | None  # None once it is ordered
+    strength: float  # c_T
     disclosure: Disclosure
     chooser: Chooser | None  # None: cloud fusion
     seen: float  # last frame
@@ -140,7 +143,8 @@ class Streams:
         for stream in self._asked.values():
             tokens, query = tuple(stream.tokens[stream.kept :]), stream.query
             fusion: Fusion = "cloud" if stream.chooser is None else "edge"
-            orders.append(Order(stream.serial, stream.kept, tokens, len(stream.tokens), stream.hashes[-1], query, fusion))
+            position, prefix_hash = len(stream.tokens), stream.hashes[-1]
+            orders.append(Order(stream.serial, stream.kept, tokens, position, prefix_hash, stream.strength, query, fusion))
             stream.kept, stream.query = len(stream.tokens), None
         closed = self._closed
         self._asked, self._closed = {}, []
@@ -206,13 +210,14 @@ class Streams:
         if len(self._by_name) >= self._limit:
             return End(begin.stream, "overloaded", f"this edge worker serves at most {self._limit} streams at a time")
         try:
+            check_strength("strength", begin.strength)
             chooses = None if begin.sampling is None else chooser(begin, self._disclosures, self._secret)
         except InvalidParameter as error:
             return End(begin.stream, "failed", str(error))
         self._last_serial += 1
         disclosure = chooses.disclosure if chooses else self._disclosures.of(begin.request, begin.query.ref)
         disclosure.begun()
-        stream = _Stream(begin.stream, self._last_serial, begin.query, disclosure, chooses, now)
+        stream = _Stream(begin.stream, self._last_serial, begin.query, begin.strength, disclosure, chooses, now)
         _append(stream, begin.tokens)
         self._by_name[stream.name] = self._by_serial[stream.serial] = self._asked[stream.serial] = stream
         return None
