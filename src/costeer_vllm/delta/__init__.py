@@ -80,6 +80,7 @@ def encode_sparse(
     ids, moves = choose(with_context, without_context, strength, worth, max_entries)
     if not len(ids) or not strength:
         return _COUNT_16.pack(_SPARSE, 0)
+    moves = np.clip(moves, -MAX_NATS / 2 * abs(strength), MAX_NATS / 2 * abs(strength))
     step = max(STEP, float(np.ptp(moves)) / (2**_MAX_WIDTH - 1))
     levels = np.rint((moves - moves.min()) / step).astype(np.int64)
     width, low_width = int(levels.max()).bit_length(), bits.low_width(ids)

@@ -32,8 +32,8 @@ def choose(
     """
     log_p, moves = _finite(with_context, without_context, np.float32(strength))
     steered = log_p + moves
-    top = steered.max()
-    plain, steered = np.exp(log_p), np.exp(np.subtract(steered, top, out=steered), out=steered)
+    top = float(steered.max())
+    plain, steered = np.exp(log_p), np.exp(np.subtract(steered, np.float32(top), out=steered), out=steered)
     total = float(steered.sum())
     few = np.flatnonzero((plain > worth / 20) | (steered > worth / 20 * total))
     x, p, q = (row[few].astype(np.float64) for row in (moves, steered, plain))
@@ -41,6 +41,8 @@ def choose(
     # only the large model thinks of, the tail is all the delta there is. The floor is for rows that leave nothing at all.
     plain[few] = steered[few] = 0
     p_rest, q_rest = float(steered.sum()) + 1e-30, float(plain.sum()) + 1e-30
+    if q_rest + q.sum() < 1e-20:  # a row that expects nothing is none of a language model
+        return few[:0], x[:0]
     lift = (1 + LIFT * np.exp((LIFTED - 1) * np.maximum(log_p[few], FLOOR, dtype=np.float64))) / total
     log_ratio = min(float(np.median(moves[:: max(len(moves) // SAMPLE, 1)])) - top, -FLOOR)  # the tail's move, less the top
     for _ in range(ROUNDS):
