@@ -16,6 +16,7 @@ WORTH = 5e-6  # nats: an entry travels that is worth so much. docs/deltas.md tel
 LIFT, LIFTED = 0.1, 0.7  # in place of P(a): p + LIFT * p ** LIFTED, p being the small model's without context
 FLOOR = -500.0  # nats, the log-probability of what is impossible
 ROUNDS = 3  # of the tail's move, and the entries that then travel; more of them change nothing that counts
+FEW = 32_768  # ids at the most that are looked at closely: of flat rows the likeliest
 SAMPLE = 1024  # ids, evenly spread, whose median move is the first guess of the tail's: no boosted entry can pull it away
 
 LogProbs: TypeAlias = npt.NDArray[np.float32]
@@ -35,21 +36,24 @@ def choose(
     top = float(steered.max())
     plain, steered = np.exp(log_p), np.exp(np.subtract(steered, np.float32(top), out=steered), out=steered)
     total = float(steered.sum())
-    few = np.flatnonzero((plain > worth / 20) | (steered > worth / 20 * total))
-    x, p, q = (row[few].astype(np.float64) for row in (moves, steered, plain))
+    least = worth / 20
+    while np.count_nonzero(likely := (plain > least) | (steered > least * total)) > FEW:
+        least *= 2
+    few = np.flatnonzero(likely)
+    x, p, base = (row[few].astype(np.float64) for row in (moves, steered, plain))
     # What is left is summed, not taken from the total, where rounding would drown it: a sure row leaves 1e-11, and to an id that
     # only the large model thinks of, the tail is all the delta there is. The floor is for rows that leave nothing at all.
     plain[few] = steered[few] = 0
-    p_rest, q_rest = float(steered.sum()) + 1e-30, float(plain.sum()) + 1e-30
-    if q_rest + q.sum() < 1e-20:  # a row that expects nothing is none of a language model
+    p_rest, base_rest = float(steered.sum()) + 1e-30, float(plain.sum()) + 1e-30
+    if base_rest + base.sum() < 1e-20:  # a row that expects nothing is none of a language model
         return few[:0], x[:0]
     lift = (1 + LIFT * np.exp((LIFTED - 1) * np.maximum(log_p[few], FLOOR, dtype=np.float64))) / total
     log_ratio = min(float(np.median(moves[:: max(len(moves) // SAMPLE, 1)])) - top, -FLOOR)  # the tail's move, less the top
     for _ in range(ROUNDS):
         from_tail = x - (log_ratio + top)
-        costs = lift * (p * (from_tail - 1) + q * np.exp(log_ratio))
+        costs = lift * (p * (from_tail - 1) + base * np.exp(log_ratio))
         left = costs <= worth
-        log_ratio = np.log((p_rest + p[left].sum()) / (q_rest + q[left].sum()))
+        log_ratio = np.log((p_rest + p[left].sum()) / (base_rest + base[left].sum()))
     chosen = np.flatnonzero(~left)
     if len(chosen) > max_entries:
         chosen = np.sort(chosen[np.argpartition(costs[chosen], -max_entries)[-max_entries:]])
