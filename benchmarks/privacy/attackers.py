@@ -17,12 +17,13 @@ import torch
 from benchmarks.privacy.reader import left_padded
 from benchmarks.privacy.suspects import Floats, log_softmax
 from costeer_vllm.delta import SparseDelta, decode, encode_lossless, encode_sparse
+from costeer_vllm.steering import SteeringParams
 
 LogProbs = npt.NDArray[np.float32]
 Encode = Callable[[LogProbs, LogProbs], bytes]  # log-probabilities [vocab] with and without context -> payload
 
 CHANNELS: dict[str, Encode] = {
-    "sparse": encode_sparse,
+    "sparse": lambda with_context, without_context: encode_sparse(with_context, without_context, SteeringParams().strength),
     "full": lambda with_context, without_context: encode_lossless(with_context - without_context),
 }
 

@@ -27,7 +27,8 @@ def test_a_begin_becomes_one_order() -> None:
     streams = make()
     assert streams.feed(begin("a", tokens=[1, 2]), 0.0) is None
     assert (streams.num_asked, len(streams)) == (1, 1)
-    assert streams.take_orders() == ([Order(1, 0, (1, 2), 2, extend_hash(0, [1, 2]), QUERY)], [])
+    order = Order(1, 0, (1, 2), 2, extend_hash(0, [1, 2]), QUERY, strength=begin("a").strength)
+    assert streams.take_orders() == ([order], [])
     assert streams.take_orders() == ([], [])
     prefix_hash = extend_hash(0, [1, 2])
     assert streams.answered(Answer(1, 2, prefix_hash, b"delta")) == Delta("a", 2, prefix_hash, b"delta")

@@ -73,7 +73,7 @@ def answer(exact: ExactEdges, message: Message) -> Iterable[HubToEngine]:
             yield reply
         elif name == "sparse":
             rows = np.log(np.random.default_rng(reply.position).dirichlet(np.ones(VOCAB), 2)).astype(np.float32)
-            yield Delta(reply.stream, reply.position, reply.prefix_hash, encode_sparse(*rows, max_entries=5))
+            yield Delta(reply.stream, reply.position, reply.prefix_hash, encode_sparse(*rows, 1.5, max_entries=5))
         elif name == "broken":
             yield Delta(reply.stream, reply.position, reply.prefix_hash, b"no delta")
 

@@ -283,7 +283,8 @@ def test_ids_beyond_the_large_models_vocabulary_are_unusable(engine: Engine) -> 
     stream = engine.begin()
     row = np.full(VOCAB + 1, -20, np.float32)
     row[VOCAB] = 0
-    engine.hear(msgspec.structs.replace(delta_for(stream), payload=encode_sparse(row, row)))
+    payload = encode_sparse(row, np.full(VOCAB + 1, -20, np.float32), 1.0)
+    engine.hear(msgspec.structs.replace(delta_for(stream), payload=payload))
     assert stream.answer is None
     assert stream.invalid == 1
 
@@ -619,7 +620,7 @@ def test_a_mute_table_decides_as_it_is_told() -> None:
     table.adopt(stream, None)
     assert stream.answer is None
     row = np.log(np.full(VOCAB, 1 / VOCAB, np.float32))
-    table.adopt(stream, encode_sparse(row, row))
+    table.adopt(stream, encode_sparse(row, row, 1.0))
     assert isinstance(stream.answer, SparseDelta)
     table.end(stream, "finished", 1)
     assert len(table) == 0

@@ -102,4 +102,4 @@ class Local:
 def _encode(encoding: str, with_context: npt.NDArray[np.float32], without_context: npt.NDArray[np.float32]) -> bytes:
     if encoding == "lossless":
         return encode_lossless(with_context - without_context)
-    return encode_sparse(with_context, without_context)
+    return encode_sparse(with_context, without_context, SteeringParams().strength)

@@ -1,7 +1,7 @@
 """Two models with random weights and real shapes, and a tokenizer of one word per id that both share.
 
 Speed does not depend on what the weights are, so nothing need be downloaded. What random weights do change: the small model's
-policies are nearly uniform, so that every sparse delta has as many entries as the codec allows, its most expensive case.
+policies are nearly uniform, which to the codec of sparse deltas is its most expensive case.
 """
 
 import random

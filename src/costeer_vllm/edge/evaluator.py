@@ -234,15 +234,15 @@ class Evaluator:
         if ahead is None:
             assert order is not None
             return Answer(serial, order.position, order.prefix_hash, _difference(with_context, without_context))
-        payload = self._encoded(with_context, without_context)
+        payload = self._encoded(ahead.strength, with_context, without_context)
         rows = (with_context.copy(), without_context.copy()) if self._tells_reads else None  # a view keeps the whole batch
         if not ahead.tell(path, Told(likely, rows), len(payload)):
             return None
         return Answer(serial, ahead.position + len(path), ahead.hash_of(path), payload, path)
 
-    def _encoded(self, with_context: LogProbs, without_context: LogProbs) -> bytes:
+    def _encoded(self, strength: float, with_context: LogProbs, without_context: LogProbs) -> bytes:
         if self._encoding == "sparse":
-            return encode_sparse(with_context, without_context)
+            return encode_sparse(with_context, without_context, strength)
         return encode_lossless(_difference(with_context, without_context))
 
     def _give_up(self, serial: int, reason: EndReason, sentence: str) -> Failure:

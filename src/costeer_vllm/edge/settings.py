@@ -63,7 +63,7 @@ class EdgeSettings:
     template: str | None = None  # path of a chat template instead of the tokenizer's own
     attach_key: str | None = field(default=None, repr=False)
     steering_key: str | None = field(default=None, repr=False)
-    delta: Encoding = "lossless"
+    delta: Encoding = "sparse"
     dtype: DType = "auto"
     device: str = "auto"
     max_streams: int = 64

@@ -20,6 +20,7 @@ from costeer_vllm.errors import InvalidCandidates, InvalidParameter
 from costeer_vllm.protocol import keys
 from costeer_vllm.protocol.messages import Advance, Begin, Candidates, Choice, Delta, End, EndReason, Fusion, Query
 from costeer_vllm.protocol.stream import extend_hash
+from costeer_vllm.steering import check_strength
 
 OVER = "the app that asked has its answer, or does not want it any more"
 
@@ -35,7 +36,7 @@ class Order:
     prefix_hash: int
     query: Query | None = None  # of a new stream
     fusion: Fusion = "cloud"
-    strength: float = 1.0
+    strength: float = 1.0  # c_T
     guess_bytes: int = 0  # that the engine keeps; 0: no delta may come unasked
     at: float = 0.0  # seconds: when the newest frame came
 
@@ -85,7 +86,7 @@ class _Stream:
     name: str
     serial: int  # never used twice, unlike the name
     query: Query | None  # None once it is ordered
-    strength: float
+    strength: float  # c_T
     guess_bytes: int
     disclosure: Disclosure
     chooser: Chooser | None  # None: cloud fusion
@@ -226,6 +227,7 @@ class Streams:
         if len(self._by_name) >= self._limit:
             return End(begin.stream, "overloaded", f"this edge worker serves at most {self._limit} streams at a time")
         try:
+            check_strength("strength", begin.strength)
             chooses = None if begin.sampling is None else chooser(begin, self._disclosures, self._secret)
         except InvalidParameter as error:
             return End(begin.stream, "failed", str(error))
