@@ -21,7 +21,7 @@ chromium:  ## a browser, for the test of the device's page
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && apt-get install -y -qq chromium; \
 	else echo "make: the tests need a browser: install chromium or google-chrome (none of $(BROWSERS) is on the PATH)" >&2; exit 1; fi
 
-bench: .venv/installed  ## tokens/s: plain, idle plugin, steered, the paper's serial loop
+bench: .venv/installed  ## the figures of docs/performance.md; 20 minutes
 	$(BIN)/costeer bench
 
 train: .venv/installed  ## train the demo pair anew
