@@ -27,7 +27,7 @@ OnMissing: TypeAlias = Literal["wait", "continue", "fail"]  # a delta is not the
 
 LEASE_MS = 30_000.0  # how long a request is held by default
 DEFAULT_DEADLINE_MS = 5_000.0  # for the others
-MAX_DEADLINE_MS = 600_000.0
+MAX_DEADLINE_MS = 60_000.0  # a held request keeps its place in the engine
 DEFAULT_CANDIDATES = 64
 MAX_REQUEST_ID = 160  # characters; a stream's id is the request's and a suffix
 _STEERING_FIELDS = ("T", "alpha", "beta", "lambda", "eta")
@@ -78,6 +78,7 @@ class SteeringRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, o
     candidates: Annotated[int, msgspec.Meta(ge=1, le=MAX_CANDIDATES)] = DEFAULT_CANDIDATES
     rounding: Annotated[float, msgspec.Meta(ge=0, le=MAX_ROUNDING)] = 0.0
     max_bits: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    vocabulary: Digest | None = None  # the server's fingerprint
     ticket: Count | None = None  # the scheduler gives it, see engine/board.py
 
 

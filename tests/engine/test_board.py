@@ -1,11 +1,12 @@
 """The board, by which the scheduler's process and the worker's know of each other."""
 
-import math
 import multiprocessing
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from vllm.config import ParallelConfig
 
 from costeer_vllm.engine import settings
 from costeer_vllm.engine.board import ROWS, SENTENCE_BYTES, Board, State, Tickets, new_path, open_board, remove_board
@@ -71,10 +72,43 @@ def test_a_sentence_that_is_too_long_is_cut(board: Board) -> None:
     assert bytes(board.rows[1]["sentence"]).decode(errors="replace").startswith("éé")
 
 
+def parallel_configs() -> list[ParallelConfig]:
+    """Of two engines of one server, as vLLM leaves them for a dense model."""
+    configs = []
+    for rank in (0, 1):
+        parallel = ParallelConfig(data_parallel_size=2)
+        parallel.data_parallel_rank = parallel.data_parallel_index = rank
+        parallel.reconfigure_for_independent_dp_rank()
+        configs.append(parallel)
+    return configs
+
+
+def test_a_row_never_shows_the_former_occupants_failure_under_a_new_ticket(board: Board) -> None:
+    board.fail(3, "costeer: former")
+    seen = []
+
+    class Watched(np.ndarray):
+        """Notes what a reader would see after every single write."""
+
+        def __setitem__(self, key: object, value: object) -> None:
+            super().__setitem__(key, value)
+            seen.append((int(self["ticket"]), int(self["state"])))
+
+    rows = board.rows
+    for change in (lambda: board.write(3 + ROWS, 0, State.ASKED), lambda: board.take_back(3 + 2 * ROWS, 0)):
+        row = rows[3:4].view(Watched).reshape(())
+        board.rows = {3: row}  # type: ignore[assignment]
+        change()
+        board.rows = rows
+        board.fail(int(rows[3]["ticket"]), "costeer: former")
+    assert seen
+    assert all(state != State.FAILED for ticket, state in seen if ticket != 3)
+
+
 def test_each_engine_has_a_board_of_its_own_that_leaves_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
     path = new_path()
     monkeypatch.setenv(settings.BOARD, str(path))
-    engines = [SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_rank=rank)) for rank in (0, 1)]
+    engines = [SimpleNamespace(parallel_config=parallel) for parallel in parallel_configs()]
     boards = [open_board(engine) for engine in engines]
     assert boards[0] is not None
     assert boards[1] is not None
@@ -88,4 +122,3 @@ def test_each_engine_has_a_board_of_its_own_that_leaves_no_file(monkeypatch: pyt
     assert list(path.parent.glob(f"{path.name}*")) == []
     monkeypatch.delenv(settings.BOARD)
     assert open_board(engines[0]) is None
-    assert math.isfinite(again.step_s)

@@ -33,11 +33,11 @@ def test_the_short_name_stands_for_one_processor(processors: Any, resolved: list
 
 
 def vllm_config(**changes: Any) -> Any:
-    usual = {"speculative": None, "runner": "generate", "pipeline": 1, "sharded": False, "scheduler": None}
+    usual = {"speculative": None, "runner": "generate", "pipeline": 1, "sharded": False, "scheduler": None, "state": False}
     values: dict[str, Any] = {**usual, **changes}
     return SimpleNamespace(
         speculative_config=values["speculative"],
-        model_config=SimpleNamespace(runner_type=values["runner"]),
+        model_config=SimpleNamespace(runner_type=values["runner"], has_inner_state=values["state"]),
         parallel_config=SimpleNamespace(
             pipeline_parallel_size=values["pipeline"], enable_batch_sharded_sampling=values["sharded"]
         ),
@@ -51,6 +51,7 @@ def vllm_config(**changes: Any) -> Any:
         ({"speculative": object()}, "speculative decoding"),
         ({"runner": "pooling"}, "a pooling model"),
         ({"pipeline": 2}, "pipeline parallelism"),
+        ({"state": True}, "a model with a state beside its KV cache"),
         ({"sharded": True}, "batch-sharded sampling"),
         ({"scheduler": "my.own.Scheduler"}, r"a scheduler of one's own \(--scheduler-cls\)"),
     ],

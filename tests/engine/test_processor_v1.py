@@ -631,6 +631,15 @@ def test_a_seeded_row_whose_token_is_taken_back_draws_the_same_number_again() ->
     assert (second[1] != first[1], second[2] != first[2]) == (True, True)
 
 
+@pytest.mark.parametrize("asked", [{"prompt_logprobs": 0}, {"prompt_logprobs": 5}])
+def test_prompt_log_probabilities_are_refused_for_a_steered_request(asked: dict[str, int]) -> None:
+    steered = params("a")
+    steered.prompt_logprobs = asked["prompt_logprobs"]
+    with pytest.raises(InvalidParameter, match=f"prompt_logprobs is {asked['prompt_logprobs']}"):
+        CoSteerLogitsProcessor.validate_params(steered)
+    CoSteerLogitsProcessor.validate_params(SamplingParams(**asked))
+
+
 def test_a_token_that_was_not_offered_is_not_forced(processor: CoSteerLogitsProcessor, hub: FakeHub) -> None:
     def rogue(message: Message) -> list[Any]:
         if isinstance(message, Candidates):

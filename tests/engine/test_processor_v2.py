@@ -6,6 +6,7 @@ RequestState's buffers need a GPU or Triton; here they are plain tensors with th
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, 
 from vllm.v1.worker.gpu.states import RequestState
 
 from costeer_vllm.engine.processor import CoSteerLogitsProcessor
+from costeer_vllm.engine.slots import Slots, TokenReader
 from costeer_vllm.protocol.messages import Advance, Begin, Candidates, End, Sampling
 
 from .fake_hub import TIMEOUT_S, ExactEdges, FakeHub
@@ -460,3 +462,36 @@ def test_states_without_a_processor_are_left_alone(processor: CoSteerLogitsProce
     plain = request_state()
     plain.add_request("a", len(PROMPT), PROMPT, 0, 32)
     assert plain.remove_request("a") is not None
+
+
+def test_a_token_that_no_apply_has_read_goes_out_with_the_next_step(
+    runner: Runner, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the read of a token is only started before a step; a step without a row of ours has no apply() to finish it."""
+    monkeypatch.setattr(TokenReader, "is_ready", property(lambda reader: reader._tokens is None))
+    held, plain = Generation("a", params("a"), True), Generation("p", params(), False)
+    runner.step([held, plain], [])
+    runner.step([plain], [])
+    assert hub.messages(Advance) == []
+    runner.step([plain], [])
+    hub.wait_for(lambda received: any(isinstance(message, Advance) for message in received))
+
+
+def test_a_row_behind_a_prefill_whose_token_was_taken_back_is_stale() -> None:
+    """Scheduled before that was known, it was fed no proper input: its length, as the host has it, is one too long."""
+    state = SimpleNamespace(
+        prompt_len=SimpleNamespace(np=np.array([5, 5, 5])),
+        prefill_len=SimpleNamespace(np=np.array([5, 5, 7])),
+        all_token_ids=SimpleNamespace(),
+    )
+    slots = Slots(state, on_vacated=lambda slot: None)
+    fresh, decoding, resumed = (SimpleNamespace(position=position) for position in (0, 1, 2))
+    slots.streams = {0: fresh, 1: decoding, 2: resumed}
+
+    def rows(*lengths: int) -> tuple[set[int], set[int]]:
+        ctx = SimpleNamespace(idx_mapping_np=np.arange(3), seq_lens_upper_bound_np=np.array(lengths))
+        return set(slots.rows(ctx)), set(slots.stale_rows)
+
+    assert rows(5, 6, 7) == ({0, 1, 2}, set()), "the ends of two prefills and a decode"
+    assert rows(6, 7, 8) == ({1}, {0, 2}), "a decode may be one too long on the host, and is prepared on the device"
+    assert rows(4, 6, 6) == ({1}, set()), "chunks of prefills"

@@ -1,6 +1,5 @@
 """The scheduler's addition on vLLM's own scheduler, sync and async; the board and the sampled tokens are written by hand."""
 
-import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -349,4 +348,58 @@ def test_async_garbage_of_a_step_in_flight_is_dropped(async_engine: Engine) -> N
     assert step.num_scheduled_tokens == {"a": 1}
     engine.finish(step, token=5)
     assert engine.tokens["a"] == [5]
-    assert math.isfinite(engine.board.step_s)
+
+
+@pytest.mark.parametrize("async_engine", ["v1"], indirect=True)
+@pytest.mark.parametrize("position", [0, 1])
+def test_async_a_request_that_is_preempted_meanwhile_delivers_nothing_dropped(async_engine: Engine, position: int) -> None:
+    """vLLM delivers what is in flight when a request is preempted: not what was taken back, nor what followed from it."""
+    engine = async_engine
+    request = engine.add("a")
+    steps = [engine.schedule(), engine.schedule()]
+    if position:
+        engine.finish(steps.pop(0), token=0)
+    else:
+        engine.finish(steps.pop(0), token=98, without=engine.take_back(request, 0))
+    engine.take_back(request, position)
+    engine.scheduler.running.remove(request)
+    engine.scheduler._preempt_request(request, 0.0)
+    engine.finish(steps.pop(0), token=99)
+    assert engine.tokens["a"] == [0] * position
+    assert request.num_computed_tokens == request.num_output_placeholders == 0
+    engine.settle(request)
+    engine.board.take_back(engine.ticket(request), -1)
+    for _ in range(3):  # runner V1 may have to see a step without it
+        engine.finish(engine.schedule(), token=5)
+    assert engine.tokens["a"][: position + 1] == [0] * position + [5]
+
+
+def test_prompt_log_probabilities_of_a_dropped_token_do_not_end_the_engine(engine: Engine) -> None:
+    request = engine.add("a")
+    step = engine.schedule()
+    without = engine.take_back(request, 0)
+    sampled = [[] if without else [7]]
+    output = ModelRunnerOutput(
+        req_ids=["a"], req_id_to_index={"a": 0}, sampled_token_ids=sampled, prompt_logprobs_dict={"a": object()}
+    )
+    assert engine.scheduler.update_from_output(step, output) == {}
+    assert request.num_output_tokens == 0
+
+
+def test_where_there_is_no_ticket_left_a_request_fails_with_a_sentence(engine: Engine) -> None:
+    while engine.scheduler._tickets.issue() is not None:
+        pass
+    engine.add("a")
+    engine.step()
+    reason, sentence = engine.ended["a"]
+    assert (reason, "steered requests" in sentence) == (FinishReason.ERROR, True)
+    assert engine.tokens["a"] == []
+
+
+def test_a_bug_in_what_we_add_leaves_the_engine_alive(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = engine.add("a")
+    monkeypatch.setattr(engine.scheduler, "_wait", lambda steered: 1 / 0)
+    monkeypatch.setattr(engine.scheduler, "_fail", lambda: 1 / 0)
+    assert engine.step() == ["a"]
+    assert engine.step() == ["a"]
+    assert request.num_output_tokens == 2

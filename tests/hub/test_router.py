@@ -216,6 +216,19 @@ class TestAttach:
         ends.edge(BOB, attach("alice"))
         assert ends.take(ENGINE) == []
 
+    def test_a_worker_that_is_back_with_other_tokens_or_without_the_key_gets_no_stream(self, ends):
+        mine = VOCABULARY.fingerprint
+        ends.engine(ENGINE, begin("a", vocabulary=mine))
+        ends.engine(ENGINE, begin("b", vocabulary="0" * 64))
+        refused = ends.take(ENGINE)[-1]
+        assert (refused.stream, refused.reason) == ("b", "refused")
+        assert "another vocabulary" in refused.sentence
+        ends.engine(ENGINE, begin("c", grant="1" * 64))
+        refused = ends.take(ENGINE)[-1]
+        assert (refused.reason, "without the steering key" in refused.sentence) == ("refused", True)
+        ends.edge(ALICE, delta("a"))
+        assert ends.take(ENGINE)[-1] == delta("a")
+
     def test_full(self):
         ends = Ends(Limits(max_attachments=1))
         ends.edge(ALICE, attach("alice"))

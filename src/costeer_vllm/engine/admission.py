@@ -30,6 +30,7 @@ class Permission:
     options: Options
     worker: str
     key_digest: str | None = field(repr=False)  # whoever has it can make grants
+    vocabulary: str | None = None  # the server's fingerprint
 
     def steer(self, request_id: str, query: Query) -> dict[str, Any]:
         """What goes into ``extra_args["costeer"]`` for one prompt of the request.
@@ -54,6 +55,7 @@ class Permission:
                 candidates=options.candidates,
                 rounding=options.rounding,
                 max_bits=options.max_bits,
+                vocabulary=self.vocabulary,
             )
         )
         parse_admitted(extra_args)
@@ -82,7 +84,7 @@ def _ask_permission(options: Options, user: str | None, vocabulary: Vocabulary) 
     answer = admit(settings.hub_endpoint(), settings.attach_key(), question)
     if not isinstance(answer, Admitted):
         raise AdmissionRefused(f"costeer: {answer.sentence}")
-    return Permission(options, answer.worker, digest if answer.keyed else None)
+    return Permission(options, answer.worker, digest if answer.keyed else None, vocabulary.fingerprint)
 
 
 def chat_query(conversation: Iterable[Mapping[str, Any]], continue_final_message: bool) -> Query:

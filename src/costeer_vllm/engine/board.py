@@ -84,8 +84,7 @@ class Board:
     def write(self, ticket: int, position: int, state: State, asked_at: float = 0.0, answer_s: float = 0.0) -> None:
         """What is known of the position that a request stands at."""
         row = self.rows[ticket % ROWS]
-        if row["ticket"] != ticket:
-            row["taken_back"], row["ticket"] = -1, ticket
+        self._occupy(row, ticket)
         row["state"] = State.UNASKED  # until the rest is written
         row["position"], row["asked_at"], row["answer_s"] = position, asked_at, answer_s
         row["state"] = state
@@ -93,13 +92,21 @@ class Board:
     def fail(self, ticket: int, sentence: str) -> None:
         """The request must end with an error that says ``sentence``."""
         row = self.rows[ticket % ROWS]
+        self._occupy(row, ticket)
         row["sentence"] = sentence.encode(errors="replace")[:SENTENCE_BYTES]
-        row["ticket"], row["state"] = ticket, State.FAILED
+        row["state"] = State.FAILED
 
     def take_back(self, ticket: int, position: int) -> None:
         """The token at ``position`` was chosen without its answer and shall not count; -1: the newest token counts."""
         row = self.rows[ticket % ROWS]
-        row["taken_back"], row["ticket"] = position, ticket
+        self._occupy(row, ticket)
+        row["taken_back"] = position
+
+    def _occupy(self, row: np.void, ticket: int) -> None:
+        """A new occupant's row speaks of it only when nothing of the former one's is left in it."""
+        if row["ticket"] != ticket:
+            row["state"], row["taken_back"] = State.UNASKED, -1
+            row["ticket"] = ticket
 
 
 class Tickets:
@@ -138,7 +145,8 @@ def remove_board(vllm_config: Any) -> None:
 
 
 def _path(path: Path, vllm_config: Any) -> Path:
-    rank = getattr(getattr(vllm_config, "parallel_config", None), "data_parallel_rank", 0)
+    # data_parallel_rank is 0 in every engine of a dense model.
+    rank = getattr(getattr(vllm_config, "parallel_config", None), "data_parallel_index", 0)
     return path.with_name(f"{path.name}-{rank}")
 
 

@@ -139,6 +139,7 @@ def _check_supported(config: Any) -> None:
         "speculative decoding": config.speculative_config is not None,
         "a pooling model": config.model_config.runner_type == "pooling",
         "a diffusion model": getattr(config.model_config, "is_diffusion", False),
+        "a model with a state beside its KV cache": getattr(config.model_config, "has_inner_state", False),
         "batch-sharded sampling": getattr(config.parallel_config, "enable_batch_sharded_sampling", False),
         "pipeline parallelism": config.parallel_config.pipeline_parallel_size > 1,
         "a scheduler of one's own (--scheduler-cls)": config.scheduler_config.scheduler_cls not in (None, *SCHEDULERS.values()),

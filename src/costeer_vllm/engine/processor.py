@@ -49,6 +49,8 @@ class _Row(NamedTuple):
     penalties: Penalties
 
 
+PROMPT_LOGPROBS = ("prompt_logprobs", "prompt_token_id_logprobs")
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -102,6 +104,9 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
         budget = getattr(sampling_params, "thinking_token_budget", None)
         if request is not None and request.fusion == "edge" and budget is not None:  # it would overrule the choice, unseen
             raise InvalidParameter("thinking_token_budget", budget, "left out where fusion is 'edge'")
+        for field in PROMPT_LOGPROBS if request is not None else ():  # vLLM gives them with the first token, which may be dropped
+            if (value := getattr(sampling_params, field, None)) is not None:
+                raise InvalidParameter(field, value, "left out for a steered request (echo with logprobs asks for them, too)")
 
     # Runner V1
 
@@ -177,8 +182,10 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
     @_total(lambda self: self._given_up(None))
     def apply_staged_writes(self) -> None:
         """Start to read the tokens that the last step chose; where the device is the host, send them out at once."""
-        if self._slots is not None and self._slots.sampled:
-            self._reader.start(self._slots)
+        if self._slots is not None:
+            self._advance_slots()  # what an earlier step started and no apply() has finished: it had no row of ours
+            if self._slots.sampled:
+                self._reader.start(self._slots)
             if self._reader.is_ready:
                 self._advance_slots()
         self._start_step()
@@ -207,17 +214,21 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
             with self._clock.paused():
                 self._streams().collect(streams, in_company=logits.shape[0] > len(rows))
             self._ranks.agree(self._streams(), streams)
-            self._take_back(rows)
-            steer_batch(logits, {row: stream for row, stream in rows.items() if not stream.taken_back})
+        self._take_back(rows)
+        steer_batch(logits, {row: stream for row, stream in rows.items() if not stream.taken_back})
         return logits
 
     def _take_back(self, rows: Mapping[int, SteeredStream]) -> None:
         """Note the rows whose token shall not count: Model Runner V2 is told, V1 follows the scheduler, which reads the board."""
-        self.taken_back_rows = frozenset(row for row, stream in rows.items() if stream.taken_back)
-        if self._slots is not None:
-            self._slots.taken_back = sorted(self.taken_back_rows)
-            for slot in [slot for slot, stream in self._slots.sampled.items() if stream.taken_back]:
-                del self._slots.sampled[slot]
+        if self._slots is None:  # also those of a step that was fed a dropped token: they are in no ``rows``
+            self.taken_back_rows = frozenset(row for row, entry in self._rows.items() if entry.stream.taken_back)
+            return
+        stale = self._slots.stale_rows
+        for stream in stale.values():
+            self._streams().take_back(stream)
+        self._slots.taken_back = sorted([*stale, *(row for row, stream in rows.items() if stream.taken_back)])
+        for slot in [slot for slot, stream in self._slots.sampled.items() if stream.taken_back]:
+            del self._slots.sampled[slot]
 
     def _start_step(self) -> None:
         """Between two steps: what streams need that are in no batch, and the clock."""

@@ -8,9 +8,10 @@ Leaving out a decoding request is what vLLM's own DiffusionScheduler does (``nex
 token what it does for a rejected draft: one computed token less, one placeholder less.
 """
 
+import logging
 import time
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -24,16 +25,21 @@ from costeer_vllm.engine.hooks import NAME
 from costeer_vllm.engine.pace import limit_s, wait_s
 from costeer_vllm.request import with_ticket
 
+T = TypeVar("T")
+
+logger = logging.getLogger("vllm.costeer")  # below vLLM's own logger: its handlers, its level
+
 
 class _Steered:
     """What the scheduler remembers of a steered request."""
 
-    __slots__ = ("fusion", "garbage", "leave_out", "request", "ticket")
+    __slots__ = ("counts", "fusion", "garbage", "leave_out", "request", "ticket")
 
     def __init__(self, request: Request, ticket: int, fusion: str) -> None:
         self.request, self.ticket, self.fusion = request, ticket, fusion
         self.leave_out = False  # of the next step, whatever the board says: runner V1 then forgets the token that was dropped
-        self.garbage = 0  # runner V1: steps in flight that were fed a dropped token
+        self.garbage = False  # runner V1: the steps in flight were fed a dropped token
+        self.counts = True  # its newest dropped token is among the computed ones
 
 
 class _Holding(Scheduler):  # type: ignore[misc]
@@ -45,7 +51,8 @@ class _Holding(Scheduler):  # type: ignore[misc]
         remove_board(self.vllm_config)  # the workers, who have it open, were started before
         self._tickets = None if self._board is None else Tickets(self._board)
         self._steered: dict[str, _Steered] = {}  # by request id
-        self._sampling: dict[int, list[_Steered]] = {}  # by the id of a step's SchedulerOutput: who gets a token in it
+        self._unheld: list[Request] = []  # for which there was no ticket
+        self._sampling: dict[int, tuple[SchedulerOutput, list[_Steered]]] = {}  # who gets a token in the steps under way, by id()
 
     def add_request(self, request: Request) -> None:
         """Give a steered request its ticket, which the processor finds among its parameters."""
@@ -54,7 +61,9 @@ class _Holding(Scheduler):  # type: ignore[misc]
         if isinstance(asked, dict) and self._tickets is not None and request.request_id not in self.requests:
             ticket = self._tickets.issue()
             params.extra_args = {**params.extra_args, NAME: with_ticket(asked, ticket)}
-            if ticket is not None:
+            if ticket is None:
+                self._unheld.append(request)
+            else:
                 self._steered[request.request_id] = _Steered(request, ticket, asked.get("fusion", "cloud"))
         super().add_request(request)
 
@@ -62,21 +71,20 @@ class _Holding(Scheduler):  # type: ignore[misc]
         """A step without the requests that it cannot afford to wait for."""
         if not self._steered:
             return super().schedule(throttle_prefills)
-        for request in self._left_out():
+        for request in self._guarded(self._left_out):
             # schedule() counts current_step up before it compares.
             request.next_decode_eligible_step = max(request.next_decode_eligible_step, self.current_step + 2)
         output = super().schedule(throttle_prefills)
         steps = (self._steered.get(request_id) for request_id in output.num_scheduled_tokens)
-        self._sampling[id(output)] = [steered for steered in steps if steered and not steered.request.is_prefill_chunk]
+        sampling = [steered for steered in steps if steered and not steered.request.is_prefill_chunk]
+        self._sampling[id(output)] = output, sampling
         return output
 
     def update_from_output(self, scheduler_output: SchedulerOutput, output: ModelRunnerOutput) -> dict[int, EngineCoreOutputs]:
         """Drop the tokens that the processor takes back, and end with an error what must fail."""
-        sampling = self._sampling.pop(id(scheduler_output), [])
-        failed = self._fail() if self._steered else []
-        taken_back = [steered for steered in sampling if self._is_taken_back(steered, output)]
-        for steered in taken_back:
-            output.sampled_token_ids[output.req_id_to_index[steered.request.request_id]].clear()
+        failed = self._guarded(self._fail)
+        _, sampling = self._sampling.pop(id(scheduler_output), (None, []))
+        taken_back = self._guarded(lambda: self._take_back(sampling, output))
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, output)
         for steered in taken_back:
             self._roll_back(steered)
@@ -97,6 +105,14 @@ class _Holding(Scheduler):  # type: ignore[misc]
         if steered is not None and self._tickets is not None:
             self._tickets.withdraw(steered.ticket)
         return super()._free_request(request, *args, **kwargs)
+
+    def _guarded(self, work: Callable[[], Iterable[T]]) -> list[T]:
+        """What ``work`` finds; nothing if it fails, for an exception would end the engine: the step then goes vLLM's own way."""
+        try:
+            return list(work())
+        except Exception:
+            logger.exception("the scheduler goes on without what it knows of steered requests")
+            return []
 
     # --- before a step
 
@@ -137,40 +153,50 @@ class _Holding(Scheduler):  # type: ignore[misc]
 
     # --- after a step
 
-    def _is_taken_back(self, steered: _Steered, output: ModelRunnerOutput) -> bool:
+    def _take_back(self, sampling: Iterable[_Steered], output: ModelRunnerOutput) -> Iterable[_Steered]:
+        """Clear the tokens that shall not count."""
+        for steered in sampling:
+            index = output.req_id_to_index.get(steered.request.request_id)
+            if index is None or not output.sampled_token_ids or steered.request.is_finished():
+                continue
+            if self._is_taken_back(steered, output.sampled_token_ids[index]):
+                output.sampled_token_ids[index].clear()
+                output.prompt_logprobs_dict.pop(steered.request.request_id, None)  # vLLM gives them with a token only
+                # Of a preempted request what is still in flight is delivered, but its counters stand at 0.
+                steered.counts = steered.request.status == RequestStatus.RUNNING and not steered.request.num_stale_output_tokens
+                yield steered
+
+    def _is_taken_back(self, steered: _Steered, tokens: list[int]) -> bool:
         """Model Runner V2 has dropped the token by itself; runner V1 gives it out, and whatever followed from it."""
-        request = steered.request
-        index = output.req_id_to_index.get(request.request_id)
-        if index is None or not output.sampled_token_ids or request.status != RequestStatus.RUNNING:
-            return False
         if self.use_v2_model_runner:
-            return not output.sampled_token_ids[index]
+            return not tokens
         if steered.garbage:
-            steered.garbage -= 1
             return True
         assert self._board is not None
         row = self._board.rows[steered.ticket % ROWS]
-        return bool(row["ticket"] == steered.ticket and row["taken_back"] == request.num_output_tokens)
+        return bool(row["ticket"] == steered.ticket and row["taken_back"] == steered.request.num_output_tokens)
 
     def _roll_back(self, steered: _Steered) -> None:
         request = steered.request
-        if request.status != RequestStatus.RUNNING:
-            return
-        request.num_computed_tokens -= 1
-        request.num_output_placeholders = max(0, request.num_output_placeholders - 1)
         if not self.use_v2_model_runner:
-            steered.leave_out = True
-            steered.garbage = request.num_in_flight_tokens
+            steered.leave_out, steered.garbage = True, request.num_in_flight_tokens > 0
+        if steered.counts and request.status == RequestStatus.RUNNING:
+            request.num_computed_tokens -= 1
+            request.num_output_placeholders = max(0, request.num_output_placeholders - 1)
 
     def _fail(self) -> list[tuple[Request, str]]:
         """The requests that must fail, ended, and why."""
+        if not self._steered and not self._unheld:
+            return []
         assert self._board is not None
         rows = self._board.rows
         why = {
-            request_id: bytes(rows["sentence"][steered.ticket % ROWS]).decode(errors="replace")
+            request_id: bytes(rows["sentence"][steered.ticket % ROWS]).decode(errors="ignore")
             for request_id, steered in self._steered.items()
             if rows["state"][steered.ticket % ROWS] == State.FAILED and rows["ticket"][steered.ticket % ROWS] == steered.ticket
         }
+        why |= {request.request_id: f"costeer: this engine already has {ROWS} steered requests" for request in self._unheld}
+        self._unheld = []
         ended = self.finish_requests(list(why), RequestStatus.FINISHED_ERROR) if why else []
         return [(request, why[request.request_id]) for request in ended]
 

@@ -15,11 +15,13 @@ class Slots:
     """The steered occupants of the slots. ``hooks.py`` reports who arrives and who leaves, which V2's interface does not."""
 
     def __init__(self, state: "LogitsProcRequestState", on_vacated: Callable[[int], None]) -> None:
+        self._prompt_len = state.prompt_len.np  # [slots]
         self._prefill_len = state.prefill_len.np  # [slots] tokens fed at the latest (re)fill
         self._on_vacated = on_vacated
         self._arrived: tuple[int, list[int]] = (-1, [])
         self.streams: dict[int, SteeredStream] = {}
         self.sampled: dict[int, SteeredStream] = {}  # slot -> stream that chose a token in the last step
+        self.stale_rows: dict[int, SteeredStream] = {}  # of the step: see ``rows``
         self.taken_back: list[int] = []  # rows of the step whose tokens shall not count; hooks.py sees to it
         # The one object that the runner's RequestState and our view of it share: hooks.py finds us by it.
         state.all_token_ids.costeer_slots = self
@@ -45,11 +47,20 @@ class Slots:
         return rows.to(device, non_blocking=True)
 
     def rows(self, ctx: "LogitsContext") -> dict[int, SteeredStream]:
-        """Logits row -> stream, for the rows whose token will be kept: a chunk of an unfinished prefill chooses none."""
-        rows = {}
+        """Logits row -> stream, for the rows whose token will be kept: a chunk of an unfinished prefill chooses none.
+
+        A stale row was scheduled behind the end of a prefill before it was known that the prefill's token is taken back: the
+        runner has not prepared its input anew, so its token is worth nothing, either.
+        """
+        rows, self.stale_rows = {}, {}
         for row, slot in enumerate(ctx.idx_mapping_np.tolist()):
             stream = self.streams.get(slot)
-            if stream is not None and ctx.seq_lens_upper_bound_np[row] >= self._prefill_len[slot]:
+            if stream is None:
+                continue
+            length, filled = int(ctx.seq_lens_upper_bound_np[row]), int(self._prefill_len[slot])
+            if length > filled == int(self._prompt_len[slot]) + stream.position:
+                self.stale_rows[row] = stream
+            elif length >= filled:
                 rows[row] = stream
         return rows
 

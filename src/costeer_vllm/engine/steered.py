@@ -92,6 +92,7 @@ class SteeredStream:
             asks.grant,
             self.sampling,
             MAX_GUESS_BYTES if self.sampling is None else 0,
+            asks.vocabulary,
         )
 
     def closes(self, end: End) -> None:
@@ -124,7 +125,8 @@ class SteeredStream:
     def fail(self, why: str) -> None:
         """The request must end with an error; the first reason counts."""
         if self.failure is None:
-            self.failure = f"costeer: edge worker '{self.request.worker}', token {self.position}: {why}"
+            shown = "".join(char if char.isprintable() else " " for char in why)  # it may be the edge worker's own words
+            self.failure = f"costeer: edge worker '{self.request.worker}', token {self.position}: {shown}"
 
     def decoded(self, message: Delta | Choice, vocab_size: int) -> DenseDelta | SparseDelta | int:
         """The answer that a message holds.

@@ -192,6 +192,13 @@ class StreamTable:
         for stream in streams:
             self._decide(stream, now)
 
+    def take_back(self, stream: SteeredStream) -> None:
+        """The stream's newest token does not count, whatever is known of its answer."""
+        stream.taken_back, stream.undecided = True, None
+        ticket = stream.request.ticket
+        if self._board is not None and ticket is not None and self._link is not None:
+            self._board.take_back(ticket, stream.position)
+
     def adopt(self, stream: SteeredStream, payload: bytes | None, taken_back: bool = False) -> None:
         """Take over what rank 0 decided for the current position."""
         stream.payload, stream.taken_back = payload, taken_back
@@ -221,17 +228,20 @@ class StreamTable:
             now = time.monotonic()
 
     def _can_hold(self, stream: SteeredStream) -> bool:
-        return self._board is not None and stream.request.ticket is not None
+        ticket = stream.request.ticket
+        return self._board is not None and ticket is not None and self._board.is_live(ticket)
 
     def _decide(self, stream: SteeredStream, now: float) -> None:
         """What the step does with a stream's row: steer it, leave it unsteered, or take its token back."""
         is_open = stream.state(now) in (State.ASKED, State.FAILED)  # a row without a distribution is shown to nobody
-        stream.taken_back = is_open and self._can_hold(stream) and self._link is not None
-        stream.undecided = None if stream.taken_back else stream.answer is not None
-        stream.silent |= stream.answer is None and not stream.taken_back
+        if is_open and self._can_hold(stream) and self._link is not None:
+            self.take_back(stream)
+            return
+        stream.taken_back, stream.undecided = False, stream.answer is not None
+        stream.silent |= stream.answer is None
         ticket = stream.request.ticket
         if self._board is not None and ticket is not None and self._link is not None:
-            self._board.take_back(ticket, stream.position if stream.taken_back else -1)
+            self._board.take_back(ticket, -1)
 
     def _review(self, stream: SteeredStream, now: float) -> None:
         stream.review(now)
@@ -243,11 +253,11 @@ class StreamTable:
     def _reopen(self, stream: SteeredStream) -> None:
         """Begin a stream again from the tokens it has; its token has waited since it was asked for first."""
         waited_s = max(0.0, time.monotonic() - stream.waits_since)
-        was_closed, stream.closed_by = stream.closed_by, None
+        is_quick, stream.closed_by = stream.closed_by is not None and stream.closed_by.reason != "detached", None
         self._ask(stream, stream.begin())
         if stream.offer is not None and self._link is not None:
             self._link.send(stream.offer)
-        stream.again_at = time.monotonic() + (_REOPEN_S if was_closed else max(_ASK_AGAIN_S, 2 * waited_s))
+        stream.again_at = time.monotonic() + (_REOPEN_S if is_quick else max(_ASK_AGAIN_S, 2 * waited_s))
 
     def _ask(self, stream: SteeredStream, message: Begin | Advance) -> None:
         stream.protocol.feed(message)
@@ -270,7 +280,7 @@ class StreamTable:
     def _post(self, stream: SteeredStream) -> None:
         """Tell the scheduler how a stream stands."""
         ticket = stream.request.ticket
-        if self._board is None or self._link is None or ticket is None:
+        if self._board is None or self._link is None or ticket is None or not self._board.is_live(ticket):
             return
         if stream.failure is not None:
             self._board.fail(ticket, stream.failure)
@@ -299,7 +309,8 @@ class StreamTable:
             case End(stream=name):
                 if (stream := self._streams.get(name)) is not None:
                     stream.closes(message)
-                    stream.again_at = time.monotonic() + _REOPEN_S
+                    # Of a worker that comes back we are told.
+                    stream.again_at = time.monotonic() + (_ASK_AGAIN_S if message.reason == "detached" else _REOPEN_S)
                     self._post(stream)
             case Reattached(stream=name):
                 if (stream := self._streams.get(name)) is not None and stream.closed_by is not None and stream.failure is None:

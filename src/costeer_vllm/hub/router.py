@@ -616,6 +616,10 @@ def _refuse_begin(begin: Begin, attachment: Attachment | None) -> End | None:
         return End(begin.stream, "detached", f"worker is '{begin.worker}': no edge worker of that name is attached")
     if begin.fusion not in attachment.attach.fusions:
         return End(begin.stream, "refused", _no_consent(attachment.attach, begin.fusion))
+    if begin.vocabulary not in (None, attachment.attach.vocabulary.fingerprint):
+        return End(begin.stream, "refused", f"worker '{begin.worker}' is back with a small model of another vocabulary")
+    if begin.grant is not None and attachment.attach.key_digest is None:
+        return End(begin.stream, "refused", f"worker '{begin.worker}' is back without the steering key of the request")
     if begin.stream in attachment.streams or len(attachment.streams) < attachment.attach.max_streams:
         return None
     return End(begin.stream, "overloaded", f"worker '{begin.worker}' already steers {len(attachment.streams)} streams, its most")

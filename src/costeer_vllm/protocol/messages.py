@@ -145,7 +145,7 @@ class Admitted(Message, frozen=True):
 
 
 class Begin(Message, frozen=True):
-    """A stream starts, or starts again after preemption: the edge worker prefills both rows and, in cloud fusion, answers."""
+    """A stream starts, or starts anew where it was interrupted: the edge worker prefills both rows and, in cloud fusion, answers."""
 
     stream: StreamId
     request: StreamId  # the client's request; its n > 1 children are streams of their own
@@ -156,6 +156,7 @@ class Begin(Message, frozen=True):
     grant: Digest | None = None  # see protocol/keys.py
     sampling: Sampling | None = None  # None: cloud fusion
     guess_bytes: Count = 0  # of unasked Deltas that the engine keeps for this stream, MAX_GUESSES at the most; 0: none
+    vocabulary: Digest | None = None  # the server's fingerprint: a worker of another one has other tokens under these ids
 
     @property
     def fusion(self) -> Fusion:
