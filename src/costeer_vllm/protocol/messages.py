@@ -145,7 +145,7 @@ class Admitted(Message, frozen=True):
 
 
 class Begin(Message, frozen=True):
-    """A stream starts, or starts anew where it was interrupted: the edge worker prefills both rows and, in cloud fusion, answers."""
+    """A stream starts, or starts anew after an interruption: the edge worker prefills both rows and, in cloud fusion, answers."""
 
     stream: StreamId
     request: StreamId  # the client's request; its n > 1 children are streams of their own
