@@ -1,5 +1,6 @@
 """Real servers for the end-to-end tests: the demo pair on both of vLLM's model runners, with real hubs and edge workers."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ RUNNERS = {
         "COSTEER_MRV2_ON_CPU": "1",
         "TRITON_INTERPRET": "1",
         "VLLM_USE_V2_MODEL_RUNNER": "1",
-        "PYTHONPATH": str(Path(__file__).parent / "mrv2_on_cpu"),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parent / "mrv2_on_cpu"), os.environ.get("PYTHONPATH")))),
     },
 }
 SERVER_OPTIONS = ("--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16", "--dtype", "float32")
