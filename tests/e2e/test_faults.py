@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -19,10 +18,10 @@ import httpx
 import openai
 import pytest
 
-from costeer_vllm.processes import Running, edge_worker, free_port, running, serving, wait_until
+from costeer_vllm.processes import Running, edge_worker, free_port, serving, wait_until
 from costeer_vllm.protocol.messages import Advance, Begin, Candidates, Choice, Delta, End
 
-from .conftest import EDGE_OPTIONS, RUNNERS, SERVER_OPTIONS, Deployment
+from .conftest import EDGE_OPTIONS, RUNNERS, SERVER_OPTIONS, Deployment, hub_process
 from .links import Fault, Relay, delayed, lost_once, relay_to, reordered, repeated
 from .reference import NUM_TOKENS, PARAMS, queries
 
@@ -289,11 +288,8 @@ class OwnHub:
 
     def start(self) -> None:
         """Until it is ready."""
-        command = [sys.executable, "-m", "costeer_vllm.cli", "hub", "--port", str(self.port)]
-        command += ["--engine-endpoint", f"tcp://127.0.0.1:{self.engine_port}"]
-        process = self._stack.enter_context(running(command, self.logs / f"hub-{next(self._starts)}.log", {}))
-        wait_until(lambda: "hub ready" in process.log_text, process)
-        self._process = process
+        hub = hub_process(self.port, self.engine_port, self.logs / f"hub-{next(self._starts)}.log")
+        self._process = self._stack.enter_context(hub)
 
     def kill(self) -> None:
         """At once, and wait for the end."""

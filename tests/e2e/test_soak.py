@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,11 +24,11 @@ import openai
 import psutil
 import pytest
 
-from costeer_vllm.processes import Running, edge_worker, free_port, running, serving, wait_until
+from costeer_vllm.processes import Running, edge_worker, free_port, serving, wait_until
 from costeer_vllm.protocol.messages import Advance, Candidates, Choice, Delta
 
-from .conftest import EDGE_OPTIONS, RUNNERS, SERVER_OPTIONS, Deployment
-from .links import PASSED, Relay, delayed, hub_command, lost_once, relay_to, repeated
+from .conftest import EDGE_OPTIONS, RUNNERS, SERVER_OPTIONS, Deployment, hub_process
+from .links import PASSED, Relay, delayed, lost_once, relay_to, repeated
 from .reference import NUM_TOKENS, PARAMS, queries
 
 SOAK_S = float(os.environ.get("COSTEER_SOAK_S", "60"))
@@ -39,7 +39,6 @@ CLIENT_S = 120.0  # an answer that takes longer is a hang
 SMALL_CACHE = ("--num-gpu-blocks-override", "40", "--block-size", "32")  # all of it is used early, and requests are preempted
 MOST_MIB = {"hub": 16, "server": 64, "steady": 32}  # that a process may grow by after the warm-up
 MOST_DESCRIPTORS = 4  # more than before: connections that a client or a monitor has just closed
-OUTCOMES = {"error": r"costeer: edge worker", "refused": "no edge worker of that name"}
 
 
 @dataclass
@@ -63,8 +62,7 @@ class System:
 def system(pair_folder: Path, tmp_path: Path) -> Iterator[System]:
     port = free_port()
     with ExitStack() as stack:
-        hub = stack.enter_context(running(hub_command(port, free_port()), tmp_path / "hub.log", {}))
-        wait_until(lambda: "hub ready" in hub.log_text, hub)
+        hub = stack.enter_context(hub_process(port, free_port(), tmp_path / "hub.log"))
         environment = {**RUNNERS["v1"], "COSTEER_HUB": f"127.0.0.1:{port}"}
         server = stack.enter_context(serving(pair_folder / "large", tmp_path, (*SERVER_OPTIONS, *SMALL_CACHE), environment))
         deployment = Deployment("v1", pair_folder, replace(server, hub=f"127.0.0.1:{port}"))
@@ -149,7 +147,7 @@ def check(system: System, ask: Ask, right: dict[str, list[list[int]]]) -> str:
     if isinstance(found, str):
         assert ask.worker is not None, (ask, found)
         if "no edge worker" in found:
-            assert ask.worker == "coming" or ask.worker == "far", (ask, found)
+            assert ask.worker in ("coming", "far"), (ask, found)
             return "refused"
         assert f"costeer: edge worker '{ask.worker}', token " in found, (ask, found)
         assert ask.on_missing != "continue", (ask, found)
@@ -230,10 +228,9 @@ def soak(system: System, right: dict[str, list[list[int]]], seconds: float, seed
                 for i, disturb in enumerate((disturb_far, start_and_kill))
             ]
             clients = [pool.submit(client, i) for i in range(NUM_CLIENTS)]
-            for future in clients:
+            for future in as_completed(clients):
                 future.result()
         finally:
-            until = 0.0
             stop.set()
         for future in nuisances:
             future.result()
