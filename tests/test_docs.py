@@ -2,12 +2,13 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from typer.testing import CliRunner
 
 from costeer_vllm.cli import app
-from costeer_vllm.request import DEFAULT_DEADLINE_MS, FIELDS, parse_options
+from costeer_vllm.request import DEFAULT_DEADLINE_MS, FIELDS, LEASE_MS, OnMissing, parse_options
 from costeer_vllm.steering import SteeringParams
 
 ROOT = Path(__file__).parents[1]
@@ -44,8 +45,8 @@ def test_make_targets_exist() -> None:
 
 def test_the_table_of_fields_is_complete() -> None:
     table = README[README.index("| field |") : README.index("Anything wrong is HTTP 400")]
-    assert set(re.findall(r"`([A-Za-z_]+)`", table)) - {"user", "continue", "COSTEER_KEY"} == set(FIELDS)
-    assert f"| {DEFAULT_DEADLINE_MS:.0f} |" in table
+    assert set(re.findall(r"`([A-Za-z_]+)`", table)) - {"user", "COSTEER_KEY", *get_args(OnMissing)} == set(FIELDS)
+    assert f"| {LEASE_MS:.0f} for `wait`, else {DEFAULT_DEADLINE_MS:.0f} |" in table
     assert f"| {parse_options({}).strength:.3f} |" in table
 
 

@@ -24,8 +24,8 @@ from costeer_vllm.protocol.messages import (
 )
 from costeer_vllm.request import (
     DEFAULT_CANDIDATES,
-    DEFAULT_DEADLINE_MS,
     FIELDS,
+    LEASE_MS,
     MAX_DEADLINE_MS,
     MAX_REQUEST_ID,
     Options,
@@ -58,7 +58,14 @@ def refusal(body: object) -> str:
 
 @pytest.mark.parametrize("body", [None, {}, dict.fromkeys(FIELDS)])
 def test_nothing_given_means_the_papers_defaults(body: object) -> None:
-    assert parse_options(body) == Options(None, None, SteeringParams().strength, "continue", DEFAULT_DEADLINE_MS)
+    assert parse_options(body) == Options(None, None, SteeringParams().strength, "wait", LEASE_MS)
+
+
+@pytest.mark.parametrize(("on_missing", "deadline_ms"), [("wait", LEASE_MS), ("continue", 5_000.0), ("fail", 5_000.0)])
+def test_a_request_that_is_held_is_patient(on_missing: str, deadline_ms: float) -> None:
+    options = parse_options({"on_missing": on_missing})
+    assert (options.on_missing, options.deadline_ms) == (on_missing, deadline_ms)
+    assert parse_options({"on_missing": on_missing, "deadline_ms": 7}).deadline_ms == 7.0
 
 
 def test_every_field() -> None:
@@ -128,11 +135,11 @@ def test_each_hyperparameter_reaches_the_strength(field: str) -> None:
         ({"strength": 1e9}, "strength is 1000000000.0; it must be a finite number from -1000 to 1000"),
         ({"strength": True}, "strength is True"),
         ({"strength": 1, "T": 3, "eta": 1}, "strength is 1; it must be given alone, not together with T, eta"),
-        ({"deadline_ms": -0.5}, "deadline_ms is -0.5; it must be a number of milliseconds from 0 to 60000"),
-        ({"deadline_ms": MAX_DEADLINE_MS + 1}, "deadline_ms is 60001.0"),
+        ({"deadline_ms": -0.5}, "deadline_ms is -0.5; it must be a number of milliseconds from 0 to 600000"),
+        ({"deadline_ms": MAX_DEADLINE_MS + 1}, "deadline_ms is 600001.0"),
         ({"deadline_ms": math.inf}, "deadline_ms is inf"),
         ({"deadline_ms": "100"}, "deadline_ms is '100'"),
-        ({"on_missing": "fail"}, "on_missing is 'fail'; it must be 'continue'"),
+        ({"on_missing": "panic"}, "on_missing is 'panic'; it must be 'wait'"),
         ({"confidence": 1.01}, "confidence is 1.01; it must be a probability from 0"),
         ({"confidence": -1e-9}, "confidence is -1e-09"),
         ({"confidence": "high"}, "confidence is 'high'"),
@@ -265,7 +272,7 @@ def test_whatever_a_client_sends_options_are_sound_or_it_is_told(body: object) -
         return
     assert math.isfinite(options.strength)
     assert 0 <= options.deadline_ms <= MAX_DEADLINE_MS
-    assert options.on_missing == "continue"
+    assert options.on_missing in ("wait", "continue", "fail")
     assert 1 <= options.candidates <= MAX_CANDIDATES
     assert options.rounding == 0 or MIN_ROUNDING <= options.rounding <= MAX_ROUNDING
     assert options.max_bits is None or 0 <= options.max_bits < math.inf
@@ -360,7 +367,9 @@ def test_round_trip(**fields: Any) -> None:
         {"deadline_ms": math.nan},
         {"deadline_ms": MAX_DEADLINE_MS + 1},
         {"deadline_ms": True},
-        {"on_missing": "fail"},
+        {"on_missing": "panic"},
+        {"ticket": -1},
+        {"ticket": "1"},
         {"worker": ""},
         {"worker": "a b"},
         {"worker": "a\n"},

@@ -33,13 +33,15 @@ def test_the_short_name_stands_for_one_processor(processors: Any, resolved: list
 
 
 def vllm_config(**changes: Any) -> Any:
-    values: dict[str, Any] = {"speculative": None, "runner": "generate", "pipeline": 1, "sharded": False, **changes}
+    usual = {"speculative": None, "runner": "generate", "pipeline": 1, "sharded": False, "scheduler": None}
+    values: dict[str, Any] = {**usual, **changes}
     return SimpleNamespace(
         speculative_config=values["speculative"],
         model_config=SimpleNamespace(runner_type=values["runner"]),
         parallel_config=SimpleNamespace(
             pipeline_parallel_size=values["pipeline"], enable_batch_sharded_sampling=values["sharded"]
         ),
+        scheduler_config=SimpleNamespace(scheduler_cls=values["scheduler"]),
     )
 
 
@@ -50,6 +52,7 @@ def vllm_config(**changes: Any) -> Any:
         ({"runner": "pooling"}, "a pooling model"),
         ({"pipeline": 2}, "pipeline parallelism"),
         ({"sharded": True}, "batch-sharded sampling"),
+        ({"scheduler": "my.own.Scheduler"}, r"a scheduler of one's own \(--scheduler-cls\)"),
     ],
 )
 def test_what_cannot_be_steered_is_refused_at_start(changes: dict[str, Any], words: str) -> None:
@@ -153,5 +156,5 @@ def test_every_symbol_that_is_wrapped_is_in_this_vllm(monkeypatch: pytest.Monkey
     hooks._install_front_end()
     with pytest.raises(Unsupported):
         hooks.watch_request_states()
-    assert len(problems) == len(found) == 10
+    assert len(problems) == len(found) == 12
     assert all(problem.endswith("has no parameter no such parameter") for problem in problems), problems

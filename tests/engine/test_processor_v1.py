@@ -55,7 +55,8 @@ def params(name: str | None = None, strength: float = STRENGTH, **fields: Any) -
     """Of a request steered under ``name``; of an ordinary one if None."""
     if name is None:
         return SamplingParams(stop_token_ids=[STOP])
-    request = SteeringRequest(name, "laptop", Query(prompt="Hello?"), strength, **{"deadline_ms": 60_000.0, **fields})
+    given = {"deadline_ms": 60_000.0, "on_missing": "continue", **fields}
+    request = SteeringRequest(name, "laptop", Query(prompt="Hello?"), strength, **given)
     return SamplingParams(stop_token_ids=[STOP], extra_args={"costeer": to_extra_args(request)})
 
 
@@ -91,8 +92,8 @@ def accounts(hub: FakeHub) -> tuple[Counter[str], Counter[str]]:
 def leave(processor: CoSteerLogitsProcessor) -> None:
     """What happens at the end of the engine's process."""
     if processor._table is not None:
-        atexit.unregister(processor._table.leave)
-        processor._table.leave()
+        atexit.unregister(processor._table.close)
+        processor._table.close()
 
 
 def hear_out(hub: FakeHub, processor: CoSteerLogitsProcessor) -> None:
@@ -601,13 +602,33 @@ def test_chunks_of_a_prefill_neither_ask_nor_wait(processor: CoSteerLogitsProces
 
 
 def test_which_rows_are_chunks_is_told_before_they_are_sampled() -> None:
-    ours, other = SimpleNamespace(unfinished_rows=frozenset({7})), SimpleNamespace()
-    batch = SimpleNamespace(num_reqs=3, logitsprocs=SimpleNamespace(non_argmax_invariant=[other, ours]))
+    ours = SimpleNamespace(unfinished_rows=frozenset({7}), steered_rows={1}, taken_back_rows=frozenset())
+    other = SimpleNamespace()
+    batch = SimpleNamespace(num_reqs=3, generators={}, logitsprocs=SimpleNamespace(non_argmax_invariant=[other, ours]))
     mask = SimpleNamespace(np=np.array([True, False, True, True]))  # the last is left over from a larger batch
     runner = SimpleNamespace(input_batch=batch, discard_request_mask=mask)
     seen = hooks._sample(lambda runner, logits, spec=None: (ours.unfinished_rows, logits, spec), runner, "logits", spec=1)
     assert seen == (frozenset({0, 2}), "logits", 1)
     assert not hasattr(other, "unfinished_rows")
+
+
+def test_a_seeded_row_whose_token_is_taken_back_draws_the_same_number_again() -> None:
+    steered, kept, plain = (torch.Generator().manual_seed(seed) for seed in (1, 2, 3))
+    ours = SimpleNamespace(unfinished_rows=frozenset(), steered_rows={0, 1, 9}, taken_back_rows=frozenset())
+    generators = {0: steered, 1: kept, 2: plain}
+    batch = SimpleNamespace(num_reqs=3, generators=generators, logitsprocs=SimpleNamespace(non_argmax_invariant=[ours]))
+    runner = SimpleNamespace(input_batch=batch, discard_request_mask=SimpleNamespace(np=np.zeros(3, bool)))
+
+    def draw(runner: Any) -> list[float]:
+        ours.taken_back_rows = taken_back
+        return [float(torch.rand(1, generator=generator)) for generator in generators.values()]
+
+    taken_back = frozenset({0})
+    first = hooks._sample(draw, runner)
+    taken_back = frozenset()
+    second = hooks._sample(draw, runner)
+    assert second[0] == first[0]
+    assert (second[1] != first[1], second[2] != first[2]) == (True, True)
 
 
 def test_a_token_that_was_not_offered_is_not_forced(processor: CoSteerLogitsProcessor, hub: FakeHub) -> None:
@@ -682,7 +703,7 @@ def test_an_edge_fused_request_whose_tokens_are_taken_back_begins_again_at_the_e
     processor.apply(logits := torch.zeros(1, VOCAB))
     assert logits.isfinite().nonzero().tolist() == [[0, choice_of(tokens, range(VOCAB))]]
     assert [(begin.tokens, begin.sampling) for begin in hub.messages(Begin)] == [([], Sampling()), (tokens, Sampling())]
-    base = list(edges_of(hub).offers.values())[1][0]
+    base = next(iter(edges_of(hub).offers.values()))[0]
     assert base.ids[base.log_probs.argmin()] == tokens[0], "penalties go on as well"
 
 

@@ -46,7 +46,7 @@ def work(rank: int, store: str, endpoint: str, results: str) -> None:
     for name in NAMES:
         fusion: Any = {"fusion": "edge", "candidates": CANDIDATES} if name in AT_THE_EDGE else {}
         deadline_ms = 100.0 if name == "silent" else 60_000.0
-        request = SteeringRequest(name, "laptop", Query(prompt="Hello?"), 1.5, deadline_ms, **fusion)
+        request = SteeringRequest(name, "laptop", Query(prompt="Hello?"), 1.5, deadline_ms, "continue", **fusion)
         batch.append((SamplingParams(extra_args={"costeer": to_extra_args(request)}), []))
     processor.update_state(BatchUpdate(len(batch), [], [(row, own, [1], ids) for row, (own, ids) in enumerate(batch)], []))
     steps = []
@@ -61,7 +61,7 @@ def work(rank: int, store: str, endpoint: str, results: str) -> None:
     processor.update_state(BatchUpdate(0, list(range(len(batch))), [], []))
     np.save(f"{results}/{rank}.npy", np.stack(steps))
     assert processor._table is not None
-    processor._table.leave()  # what it has sent is out before the process is
+    processor._table.close()  # what it has sent is out before the process is
 
 
 def answer(exact: ExactEdges, message: Message) -> Iterable[HubToEngine]:

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from costeer_vllm.candidates import BasePolicy, encode_candidates
 from costeer_vllm.delta import DenseDelta, SparseDelta, encode_lossless, encode_sparse
+from costeer_vllm.engine.board import State
 from costeer_vllm.engine.link import _MAX_QUEUED_FRAMES, HubLink
-from costeer_vllm.engine.streams import SteeredStream, StreamTable
+from costeer_vllm.engine.steered import SteeredStream
+from costeer_vllm.engine.streams import StreamTable
 from costeer_vllm.protocol.messages import (
     Advance,
     Begin,
@@ -51,6 +53,11 @@ def request(deadline_ms: float = LONG_MS) -> SteeringRequest:
 
 def delta_for(stream: SteeredStream, values: np.ndarray = VALUES) -> Delta:
     return Delta(stream.id, stream.protocol.position, stream.protocol.prefix_hash, encode_lossless(values))
+
+
+def left_s(stream: SteeredStream, now: float) -> float:
+    """How long the current position's token may still wait for its answer, in seconds."""
+    return max(0.0, stream.deadline - now) if stream.state(now) is State.ASKED else 0.0
 
 
 @dataclass
@@ -288,7 +295,7 @@ def test_without_an_answer_the_token_is_missed_when_the_deadline_has_passed(engi
     engine.table.collect([stream])
     assert stream.answer is None
     assert stream.undecided is False
-    assert stream.wait_s(stream.asked_at) == 0  # silent
+    assert left_s(stream, stream.waits_since) == 0  # silent
     assert engine.end(stream) == (0, 1)
 
 
@@ -301,13 +308,13 @@ def test_a_deadline_of_zero_takes_what_is_there(engine: Engine) -> None:
 
 def test_the_wait_counts_from_the_question_and_ends_with_the_answer(engine: Engine) -> None:
     stream = engine.begin(deadline_ms=500)
-    assert stream.wait_s(stream.asked_at) == pytest.approx(0.5)
-    assert stream.wait_s(stream.asked_at + 0.4) == pytest.approx(0.1)
-    assert stream.wait_s(stream.asked_at + 0.6) == 0
+    assert left_s(stream, stream.waits_since) == pytest.approx(0.5)
+    assert left_s(stream, stream.waits_since + 0.4) == pytest.approx(0.1)
+    assert left_s(stream, stream.waits_since + 0.6) == 0
     engine.hear(delta_for(stream))
-    assert stream.wait_s(stream.asked_at) == 0
+    assert left_s(stream, stream.waits_since) == 0
     engine.advance(stream, 1)
-    assert stream.wait_s(stream.asked_at) == pytest.approx(0.5)
+    assert left_s(stream, stream.waits_since) == pytest.approx(0.5)
 
 
 def test_after_a_miss_no_further_wait_until_something_arrives(engine: Engine) -> None:
@@ -315,17 +322,17 @@ def test_after_a_miss_no_further_wait_until_something_arrives(engine: Engine) ->
     late = delta_for(stream)
     engine.table.collect([stream])
     engine.advance(stream, 1)
-    assert stream.wait_s(stream.asked_at) == 0
+    assert left_s(stream, stream.waits_since) == 0
     engine.table.collect([stream])
     engine.advance(stream, 2)
-    assert stream.wait_s(stream.asked_at) == 0
+    assert left_s(stream, stream.waits_since) == 0
     engine.hear(late)  # of no use, and no reason to wait for the next: it will be late as well
     assert stream.answer is None
-    assert stream.wait_s(stream.asked_at) == 0
+    assert left_s(stream, stream.waits_since) == 0
     engine.hear(delta_for(stream))
     engine.table.collect([stream])
     engine.advance(stream, 3)
-    assert stream.wait_s(stream.asked_at) == pytest.approx(0.005)  # that one came in time: the edge worker has caught up
+    assert left_s(stream, stream.waits_since) == pytest.approx(0.005)  # that one came in time: the edge worker has caught up
     assert engine.end(stream, 0) == (1, 2)
 
 
@@ -398,7 +405,7 @@ def test_a_token_that_was_not_among_the_candidates_is_unusable(engine: Engine, l
         engine.advance(stream, 4)
     assert stream.invalid == 2
     assert engine.end(stream, 0) == (0, 2)
-    assert "a token was chosen that was not among the candidates" in log.text
+    assert "a choice of a token that was not among the candidates" in log.text
     assert "2 missed, 2 unusable answers" in log.text
 
 
@@ -445,10 +452,10 @@ def test_a_choice_that_would_have_been_in_time_ends_the_silence_and_a_late_one_d
         engine.advance(stream, token)
     offered(engine, stream)
     engine.hear(late[0])
-    assert stream.wait_s(stream.asked_at) == 0
+    assert left_s(stream, stream.waits_since) == 0
     engine.hear(late[1])
     assert stream.answer is None
-    assert stream.wait_s(stream.asked_at) == pytest.approx(0.5)
+    assert left_s(stream, stream.waits_since) == pytest.approx(0.5)
     engine.hear(choice_for(stream))
     engine.table.collect([stream])
     engine.advance(stream, 4)
@@ -473,17 +480,17 @@ def test_no_other_late_answer_ends_it(engine: Engine, sampling: Sampling | None,
     if sampling is not None:
         offered(engine, stream)
     engine.hear(late)
-    assert stream.wait_s(stream.asked_at) == 0
+    assert left_s(stream, stream.waits_since) == 0
 
 
 def test_the_wait_for_a_choice_counts_from_the_offer(engine: Engine) -> None:
     stream = engine.begin(deadline_ms=500, sampling=GREEDY)
-    begun_at = stream.asked_at
+    begun_at = stream.waits_since
     offered(engine, stream)
-    assert stream.asked_at > begun_at
-    assert stream.wait_s(stream.asked_at) == pytest.approx(0.5)
+    assert stream.waits_since > begun_at
+    assert left_s(stream, stream.waits_since) == pytest.approx(0.5)
     engine.hear(choice_for(stream))
-    assert stream.wait_s(stream.asked_at) == 0
+    assert left_s(stream, stream.waits_since) == 0
 
 
 def test_a_stream_that_was_offered_nothing_is_not_waited_for(engine: Engine) -> None:
@@ -507,7 +514,7 @@ def test_a_hub_that_restarted_is_told_of_the_candidates_too(engine: Engine) -> N
     choose(engine, waiting, 6)
     engine.advance(waiting, 6)
     offered(engine, waiting)
-    asked_at = waiting.asked_at
+    since = waiting.waits_since
     engine.hub.send(*[Refused("join", "who are you?")] * 3, choice_for(waiting, 1))
     engine.table.collect([waiting])
     assert engine.hub.next(Join)
@@ -515,7 +522,7 @@ def test_a_hub_that_restarted_is_told_of_the_candidates_too(engine: Engine) -> N
     assert (again.stream, again.tokens, again.sampling) == (waiting.id, [6], GREEDY)
     assert engine.hub.next(Candidates) == waiting.offer
     assert engine.hub.next(Begin).stream == resting.id
-    assert waiting.asked_at == asked_at  # its token has waited since then
+    assert waiting.waits_since == since  # its token has waited since then
     assert waiting.answer == 1
     assert engine.end(waiting) == (2, 0)  # and the next message is the End: nothing was offered for ``resting``
 

@@ -21,6 +21,7 @@ from costeer_vllm.protocol.messages import (
     End,
     Join,
     Joined,
+    Reattached,
     Refused,
     decode_hub_to_edge,
     decode_hub_to_engine,
@@ -178,7 +179,7 @@ class TestAttach:
         ends.forget()
         ends.edge(BOB, attach("alice"))
         assert ends.take(ALICE) == [CLOSED]
-        assert ends.take(ENGINE) == [End("s", "detached", "the edge worker's connection is gone")]
+        assert ends.take(ENGINE) == [End("s", "detached", "the edge worker's connection is gone"), Reattached("s")]
         assert isinstance(ends.last(BOB), Attached)
         ends.edge_lost(ALICE)
         assert list(ends.router.attachments) == [BOB]

@@ -28,6 +28,7 @@ from costeer_vllm.protocol.messages import (
     Joined,
     Message,
     Query,
+    Reattached,
     Refused,
     Sampling,
     Turn,
@@ -66,6 +67,7 @@ DIRECTIONS: dict[type[Message], set[str]] = {
     Admit: {"engine to hub"},
     Joined: {"hub to engine"},
     Admitted: {"hub to engine"},
+    Reattached: {"hub to engine"},
 }
 
 EXAMPLES: list[Message] = [
@@ -75,6 +77,7 @@ EXAMPLES: list[Message] = [
     Attached("laptop", 10.0),
     Refused("worker", "no edge worker is attached"),
     Refused("join", "", 2**53 - 1),
+    Reattached("chatcmpl-1.0"),
     Join(PROTOCOL_VERSION),
     Joined("costeer hub 0.1.0"),
     Admit(PROTOCOL_VERSION, 0, VOCABULARY),
@@ -166,6 +169,7 @@ def test_what_the_first_version_requires_stays_all_that_is_required() -> None:
         "Admit": ["version", "ticket", "vocabulary"],
         "Joined": ["hub"],
         "Admitted": ["ticket", "worker", "keyed"],
+        "Reattached": ["stream"],
     }
 
 

@@ -154,13 +154,13 @@ def _check_scheduler() -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request
 
-    source = inspect.getsource(Scheduler.schedule)
-    gone = [name for name in ("next_decode_eligible_step", "num_output_placeholders") if name not in source]
-    written = inspect.getsource(Request.__init__)
-    gone += [name for name in ("num_computed_tokens", "num_in_flight_tokens") if name not in written]
-    gone += [name for name in ("_free_request", "finish_requests") if not hasattr(Scheduler, name)]
+    used = {"next_decode_eligible_step", "num_output_placeholders", "num_computed_tokens", "num_in_flight_tokens"}
+    gone = sorted(used - set(Request.__init__.__code__.co_names))
+    gone += [name for name in ("_free_request", "finish_requests", "update_from_output") if not hasattr(Scheduler, name)]
+    if "next_decode_eligible_step" not in Scheduler.schedule.__code__.co_names:
+        gone.append("a decode that can be put off")
     if gone:
-        _problems.append(f"vllm.v1.core.sched.scheduler.Scheduler knows no {', '.join(gone)}")
+        _problems.append(f"vllm.v1.core.sched.scheduler.Scheduler has no {', '.join(gone)}")
         _raise_problems()
 
 
@@ -326,10 +326,11 @@ def _sample(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any
     try:
         batch = runner.input_batch
         is_unfinished = runner.discard_request_mask.np[: batch.num_reqs]
-        ours = [processor for processor in batch.logitsprocs.non_argmax_invariant if hasattr(processor, "unfinished_rows")]
+        ours = [processor for processor in batch.logitsprocs.non_argmax_invariant if getattr(processor, "steered_rows", ())]
         for processor in ours:
             processor.unfinished_rows = frozenset(is_unfinished.nonzero()[0].tolist())
-        drawn_by = {row: (generator, generator.get_state()) for row, generator in batch.generators.items() if ours}
+        seeded = {row for processor in ours for row in processor.steered_rows} & batch.generators.keys()
+        drawn_by = {row: (batch.generators[row], batch.generators[row].get_state()) for row in seeded}
     except Exception:  # which would end the engine
         logger.exception("runner V1 is not as it was: chunks of prefills are waited for, and seeds may not hold")
         ours, drawn_by = [], {}

@@ -12,7 +12,7 @@ An exception in one of these hooks would end vLLM's engine, so every one of them
 import atexit
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -105,6 +105,11 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
 
     # Runner V1
 
+    @property
+    def steered_rows(self) -> Collection[int]:
+        """Of runner V1's batch."""
+        return self._rows.keys()
+
     def is_argmax_invariant(self) -> bool:
         """False: steering changes the greedy choice."""
         return False
@@ -113,7 +118,6 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follow the batch, then send out the tokens that the last step chose."""
         if batch_update is not None:
-            self._advance_rows()  # of those, too, that leave the batch to come back to it
             self._follow(batch_update)
         self._advance_rows()
         self._start_step()
@@ -141,14 +145,19 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
             self._leave(entry)
 
     def _leave(self, entry: _Row) -> None:
-        self._streams().leave(entry.stream, max(0, len(entry.output_ids) - entry.stream.position))
+        if self._streams().leave(entry.stream, max(0, len(entry.output_ids) - entry.stream.position)):
+            self._advance(entry)
 
     def _advance_rows(self) -> None:
-        for stream, output_ids, _ in self._rows.values():
-            # Under async scheduling the newest id is a placeholder (-1) until the runner has copied it to the host. A token that
-            # is taken back stands in the list until the row has left the batch.
-            if len(output_ids) != stream.position and not stream.taken_back and -1 not in output_ids[stream.position :]:
-                self._streams().align(stream, output_ids)
+        for entry in self._rows.values():
+            self._advance(entry)
+
+    def _advance(self, entry: _Row) -> None:
+        stream, output_ids = entry.stream, entry.output_ids
+        # Under async scheduling the newest id is a placeholder (-1) until the runner has copied it to the host. A token that is
+        # taken back stands in the list until the row has left the batch.
+        if len(output_ids) != stream.position and not stream.taken_back and -1 not in output_ids[stream.position :]:
+            self._streams().align(stream, output_ids)
 
     # Model Runner V2
 
@@ -227,7 +236,8 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
         except Exception:
             logger.exception("candidates cannot be shown; the tokens concerned are unsteered")
             for stream in rows.values():
-                stream.silent |= stream.sampling is not None
+                if stream.sampling is not None:
+                    self._streams().cannot_ask(stream, "the engine cannot show it the candidates")
 
     def _offer(self, logits: torch.Tensor, rows: Mapping[int, SteeredStream]) -> None:
         """Show the edge-fused streams their candidates, once per position and while there is somebody to look at them."""

@@ -75,20 +75,23 @@ class StreamTable:
         self._ask(stream, stream.begin())
         return stream
 
-    def leave(self, stream: SteeredStream, num_chosen: int) -> None:
-        """A stream leaves the batch: for good, or to come back when its request was only held or preempted."""
+    def leave(self, stream: SteeredStream, num_chosen: int) -> bool:
+        """A stream leaves the batch: for good, or (True) to come back, since its request is only held or preempted."""
         ticket = stream.request.ticket
         if ticket is None or self._board is None or not self._board.is_live(ticket):
             self.end(stream, "finished", num_chosen)
-        elif stream.id in self._streams:
+            return False
+        if stream.id in self._streams:
             self._parked[ticket] = stream
+        return True
 
     def align(self, stream: SteeredStream, tokens: Sequence[int]) -> None:
         """Bring a stream to ``tokens``, those that its request has: more than we knew of, or fewer if some were taken back."""
         stream.taken_back = False
         if len(tokens) < stream.position:
             stream.tokens = list(tokens)
-            stream.undecided = None
+            stream.undecided = stream.payload = stream.answer = stream.offer = None
+            stream.waits_since = time.monotonic()
             self._reopen(stream)
         elif len(tokens) > stream.position:
             self.advance(stream, list(tokens[stream.position :]))
@@ -155,6 +158,13 @@ class StreamTable:
         stream.silent |= not self._link.send(stream.offer)
         self._post(stream)
 
+    def cannot_ask(self, stream: SteeredStream, why: str) -> None:
+        """The current position's question cannot be put."""
+        stream.silent = True
+        if stream.request.on_missing != "continue":
+            stream.fail(why)
+        self._post(stream)
+
     def look_after(self) -> None:
         """Between two steps: take what has come, end what is over, ask again where an answer does not come."""
         self._receive(0.0)
@@ -194,7 +204,7 @@ class StreamTable:
         self._receive(0.0)
         start = now = time.monotonic()
         soonest = start if in_company else None  # when the first row of the step was ready
-        while open_ones := [stream for stream in streams if stream.state(now) in (State.ASKED, State.UNASKED)]:
+        while open_ones := [stream for stream in streams if stream.state(now) is State.ASKED]:
             if soonest is None and len(open_ones) < len(streams):
                 soonest = now
             until = start + PATIENCE_S if soonest is None else soonest + grace_s(self.step_s)
@@ -213,7 +223,7 @@ class StreamTable:
 
     def _decide(self, stream: SteeredStream, now: float) -> None:
         """What the step does with a stream's row: steer it, leave it unsteered, or take its token back."""
-        is_open = stream.state(now) is not State.SETTLED
+        is_open = stream.state(now) in (State.ASKED, State.FAILED)  # a row without a distribution is shown to nobody
         stream.taken_back = is_open and self._can_hold(stream) and self._link is not None
         stream.undecided = None if stream.taken_back else stream.answer is not None
         stream.silent |= stream.answer is None and not stream.taken_back
@@ -223,7 +233,7 @@ class StreamTable:
 
     def _review(self, stream: SteeredStream, now: float) -> None:
         stream.review(now)
-        if stream.request.on_missing == "wait" and stream.failure is None and now >= stream.again_at:
+        if stream.request.on_missing == "wait" and stream.failure is None and stream.is_asked and now >= stream.again_at:
             self._reopen(stream)
         elif stream.state(now) is not State.ASKED:  # by the clock alone
             self._post(stream)

@@ -1,0 +1,91 @@
+"""The board, by which the scheduler's process and the worker's know of each other."""
+
+import math
+import multiprocessing
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from costeer_vllm.engine import settings
+from costeer_vllm.engine.board import ROWS, SENTENCE_BYTES, Board, State, Tickets, new_path, open_board, remove_board
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Board:
+    return Board(tmp_path / "board")
+
+
+def _write(path: Path, ticket: int) -> None:
+    there = Board(path)
+    there.write(ticket, 7, State.ASKED, 1.5, 0.25)
+    there.step_s = 0.125
+
+
+def test_two_processes_see_the_same(tmp_path: Path) -> None:
+    board = Board(tmp_path / "board")
+    ticket = Tickets(board).issue()
+    assert ticket is not None
+    process = multiprocessing.get_context("spawn").Process(target=_write, args=(tmp_path / "board", ticket))
+    process.start()
+    process.join(60)
+    row = board.rows[ticket % ROWS]
+    assert (row["ticket"], row["position"], row["state"], row["asked_at"], row["answer_s"]) == (ticket, 7, State.ASKED, 1.5, 0.25)
+    assert board.step_s == 0.125
+    assert (tmp_path / "board").stat().st_mode & 0o077 == 0, "others may not read it"
+
+
+def test_a_ticket_is_live_until_it_is_withdrawn_and_never_comes_again(board: Board) -> None:
+    tickets = Tickets(board)
+    first = tickets.issue()
+    assert first is not None
+    assert board.is_live(first)
+    tickets.withdraw(first)
+    assert not board.is_live(first)
+    second = tickets.issue()
+    assert second is not None
+    assert second % ROWS == first % ROWS
+    assert second != first
+    assert board.is_live(second)
+    assert not board.is_live(first)
+
+
+def test_when_all_rows_are_taken_there_is_no_ticket_until_one_is_free(board: Board) -> None:
+    tickets = Tickets(board)
+    issued = [tickets.issue() for _ in range(ROWS)]
+    assert None not in issued
+    assert tickets.issue() is None
+    tickets.withdraw(issued[5] or 0)
+    assert tickets.issue() is not None
+
+
+def test_a_new_occupant_of_a_row_has_nothing_to_take_back(board: Board) -> None:
+    board.take_back(3, 9)
+    board.write(3 + ROWS, 0, State.ASKED)
+    assert board.rows[3]["taken_back"] == -1
+
+
+def test_a_sentence_that_is_too_long_is_cut(board: Board) -> None:
+    board.fail(1, "é" * SENTENCE_BYTES)
+    assert board.rows[1]["state"] == State.FAILED
+    assert bytes(board.rows[1]["sentence"]).decode(errors="replace").startswith("éé")
+
+
+def test_each_engine_has_a_board_of_its_own_that_leaves_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = new_path()
+    monkeypatch.setenv(settings.BOARD, str(path))
+    engines = [SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_rank=rank)) for rank in (0, 1)]
+    boards = [open_board(engine) for engine in engines]
+    assert boards[0] is not None
+    assert boards[1] is not None
+    boards[0].step_s = 2.0
+    assert boards[1].step_s == 0
+    again = open_board(engines[0])
+    for engine in engines:
+        remove_board(engine)
+    assert again is not None
+    assert again.step_s == 2.0
+    assert list(path.parent.glob(f"{path.name}*")) == []
+    monkeypatch.delenv(settings.BOARD)
+    assert open_board(engines[0]) is None
+    assert math.isfinite(again.step_s)
