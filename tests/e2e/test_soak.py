@@ -128,7 +128,7 @@ def answered(system: System, ask: Ask) -> tuple[str, list[int]] | str | None:
             extra_body={"ignore_eos": True, "return_token_ids": True, "costeer": ask.costeer},
         )
         for i, part in enumerate(answer if ask.is_streamed else [answer]):
-            tokens += [token for choice in part.choices for token in choice.token_ids or ()]
+            tokens += [token for choice in part.choices for token in getattr(choice, "token_ids", None) or ()]
             if i == ask.leaves_after:
                 answer.close()
                 return None
