@@ -7,7 +7,6 @@ passes nothing on until it moves again, as a network does whose connections are 
 
 import asyncio
 import contextlib
-import random
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
@@ -172,28 +171,17 @@ def delayed(seconds: float) -> Fault:
     return lambda message: (seconds,)
 
 
-def repeated(after_s: float) -> Fault:
-    """Every frame comes twice: at once, and again behind others that were sent after it."""
-    return lambda message: (0.0, after_s)
-
-
-def reordered(most_s: float, seed: int) -> Fault:
-    """Every frame comes later by a time of its own."""
-    generator = random.Random(seed)
-    return lambda message: (generator.uniform(0, most_s),)
-
-
-def lost_once(kind: type, positions: Collection[int]) -> Fault:
-    """Of every stream, the first message of that type for each of these positions."""
-    lost: set[tuple[str, int]] = set()
+def at(positions: Collection[int], kinds: type | tuple[type, ...], delays: Collection[float]) -> Fault:
+    """Of every stream, the first message of each of these types for each of these positions is passed on after these delays."""
+    struck: set[tuple[type, str, int]] = set()
 
     def fault(message: Any) -> Collection[float]:
-        if not isinstance(message, kind) or message.position not in positions:
+        if not isinstance(message, kinds) or message.position not in positions:
             return PASSED
-        name = (message.stream, message.position)
-        if name in lost:
+        name = (type(message), message.stream, message.position)
+        if name in struck:
             return PASSED
-        lost.add(name)
-        return ()
+        struck.add(name)
+        return delays
 
     return fault

@@ -22,7 +22,7 @@ from costeer_vllm.processes import Running, edge_worker, free_port, serving, wai
 from costeer_vllm.protocol.messages import Advance, Begin, Candidates, Choice, Delta, End
 
 from .conftest import EDGE_OPTIONS, RUNNERS, SERVER_OPTIONS, Deployment, hub_process
-from .links import Fault, Relay, delayed, lost_once, relay_to, reordered, repeated
+from .links import Fault, Relay, at, delayed, relay_to
 from .reference import NUM_TOKENS, PARAMS, queries
 
 FUSIONS = ("cloud", "edge")
@@ -228,22 +228,25 @@ def test_a_half_open_connection_fails_a_brief_wait_and_is_outlasted_by_a_long_on
 
 # --- frames ---
 
-SOME = (0, 7, 31)
-FAULTS: dict[str, Callable[[], tuple[Fault | None, Fault | None]]] = {  # up, down
-    "answers lost": lambda: (lost_once((Delta, Choice), SOME), None),
-    "questions lost": lambda: (None, lost_once((Advance, Candidates), SOME)),
-    "repeated": lambda: (repeated(0.02), repeated(0.02)),
-    "reordered": lambda: (reordered(0.03, 1), reordered(0.03, 2)),
+SOME = (7, 31)  # positions at which they strike
+ANSWERS, QUESTIONS = (Delta, Choice), (Advance, Candidates)
+LOST, REPEATED, OVERTAKEN = (), (0.0, 0.05), (3.5,)  # seconds; the engine asks again after three
+FAULTS: dict[str, Callable[[], dict[str, Fault]]] = {
+    "answers lost": lambda: {"up": at(SOME, ANSWERS, LOST)},
+    "questions lost": lambda: {"down": at(SOME, QUESTIONS, LOST)},
+    "repeated": lambda: {"up": at(SOME, ANSWERS, REPEATED), "down": at(SOME, QUESTIONS, REPEATED)},
+    "answers overtaken": lambda: {"up": at(SOME, ANSWERS, OVERTAKEN)},
+    "questions overtaken": lambda: {"down": at(SOME, Advance, OVERTAKEN)},
 }
 
 
 @on_v1
 @pytest.mark.parametrize("name", list(FAULTS))
-def test_frames_that_are_lost_repeated_or_reordered_change_no_token(
+def test_frames_that_are_lost_repeated_or_overtaken_change_no_token(
     asker: Asker, far: Relay, plain: list[list[int]], right: dict[str, list[list[int]]], name: str
 ) -> None:
-    up, down = FAULTS[name]()
-    far.up, far.down = up or far.up, down or far.down
+    for way, fault in FAULTS[name]().items():
+        setattr(far, way, fault)
     steered = [asker.start(i, {"worker": "far", "fusion": FUSIONS[i % 2]}) for i in range(4)]
     beside = [asker.start(i) for i in range(4)]
     assert [answer.result(120).tokens for answer in beside] == plain

@@ -28,7 +28,7 @@ from costeer_vllm.processes import Running, edge_worker, free_port, serving, wai
 from costeer_vllm.protocol.messages import Advance, Candidates, Choice, Delta
 
 from .conftest import EDGE_OPTIONS, RUNNERS, SERVER_OPTIONS, Deployment, hub_process
-from .links import PASSED, Relay, delayed, lost_once, relay_to, repeated
+from .links import PASSED, Fault, Relay, at, delayed, relay_to
 from .reference import NUM_TOKENS, PARAMS, queries
 
 SOAK_S = float(os.environ.get("COSTEER_SOAK_S", "60"))
@@ -174,18 +174,17 @@ def disturb_far(system: System, chance: random.Random, stop: threading.Event) ->
     """One fault after the other on the link of ``far``."""
     far = system.far
 
-    def faulty(up: Any = None, down: Any = None) -> Callable[[], None]:
-        def begin() -> None:
-            far.up, far.down = up or (lambda message: PASSED), down or (lambda message: PASSED)
+    def begin(up: Fault = lambda message: PASSED, down: Fault = lambda message: PASSED) -> None:
+        far.up, far.down = up, down
 
-        return begin
-
+    answers, questions, somewhere = (Delta, Choice), (Advance, Candidates), range(0, NUM_TOKENS, 10)
     while not stop.is_set():
         faults: dict[str, Callable[[], None]] = {
-            "delayed": faulty(delayed(0.03), delayed(0.03)),
-            "answers lost": faulty(up=lost_once((Delta, Choice), (5, 40))),
-            "questions lost": faulty(down=lost_once((Advance, Candidates), (5, 40))),
-            "answers repeated": faulty(up=repeated(0.05)),
+            "delayed": lambda: begin(delayed(0.03), delayed(0.03)),
+            "answers lost": lambda: begin(up=at(somewhere, answers, ())),
+            "questions lost": lambda: begin(down=at(somewhere, questions, ())),
+            "answers repeated": lambda: begin(up=at(somewhere, answers, (0.0, 0.05))),
+            "questions repeated": lambda: begin(down=at(somewhere, questions, (0.0, 0.05))),
             "stands still": far.stand_still,
             "cut": far.cut,
         }
