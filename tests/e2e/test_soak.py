@@ -32,7 +32,7 @@ from .links import PASSED, Fault, Relay, at, delayed, relay_to
 from .reference import NUM_TOKENS, PARAMS, queries
 
 SOAK_S = float(os.environ.get("COSTEER_SOAK_S", "60"))
-WARM_UP_S = max(20.0, SOAK_S / 4)  # by then every process has grown to its size
+WARM_UP_S = min(max(20.0, SOAK_S / 4), 60.0)  # by then every process has grown to its size
 NUM_CLIENTS, NUM_QUERIES = 8, 16
 WORKERS = ("steady", "coming", "far")
 CLIENT_S = 120.0  # an answer that takes longer is a hang
