@@ -1,8 +1,9 @@
 """Real servers for the end-to-end tests: the demo pair on both of vLLM's model runners, with real hubs and edge workers."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import openai
 import pytest
 
 from costeer_vllm.demo.export import export
-from costeer_vllm.processes import Running, Server, edge_worker, serving
+from costeer_vllm.processes import Running, Server, edge_worker, running, serving, wait_until
 from costeer_vllm.request import DEFAULT_CANDIDATES
 
 from . import reference
@@ -23,7 +24,7 @@ RUNNERS = {
         "COSTEER_MRV2_ON_CPU": "1",
         "TRITON_INTERPRET": "1",
         "VLLM_USE_V2_MODEL_RUNNER": "1",
-        "PYTHONPATH": f"{Path(__file__).parent / 'mrv2_on_cpu'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parent / "mrv2_on_cpu"), os.environ.get("PYTHONPATH")))),
     },
 }
 SERVER_OPTIONS = ("--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16", "--dtype", "float32")
@@ -66,6 +67,15 @@ class Deployment:
     def account(self, request_id: str) -> dict[str, Any]:
         """The hub's account of a request once all of its streams have ended."""
         return self.server.account(request_id)
+
+
+@contextmanager
+def hub_process(port: int, engine_port: int, log: Path) -> Iterator[Running]:
+    """A hub of its own process on loopback, as COSTEER_HUB names it, ready."""
+    command = [sys.executable, "-m", "costeer_vllm.cli", "hub", "--port", str(port)]
+    with running([*command, "--engine-endpoint", f"tcp://127.0.0.1:{engine_port}"], log, {}) as process:
+        wait_until(lambda: "hub ready" in process.log_text, process)
+        yield process
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,9 @@
 """Run ``LLM(...)`` in this process against a hub, in configurations that ``vllm serve`` does not choose on a CPU.
 
-    python -m tests.e2e.offline FOLDER WORKER OPTIONS ANSWER        (COSTEER_HUB set; OPTIONS is JSON)
+    python -m tests.e2e.offline FOLDER WORKERS OPTIONS ANSWER        (COSTEER_HUB set; WORKERS by comma; OPTIONS is JSON)
 
-Every other query is fused at the edge. Writes JSON to the file ANSWER: the token ids of every query, and how often a request was
-preempted.
+Every other query is fused at the edge; two at a time go to each worker in turn. Writes JSON to the file ANSWER: the token ids of
+every query, and how often a request was preempted.
 """
 
 import json
@@ -56,7 +56,7 @@ def steered(worker: str, query: str, number: int, T: int, num_tokens: int, ignor
     return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=ignore_eos, extra_args=extra_args)
 
 
-def main(folder: str, worker: str, options: dict[str, Any], answer_file: Path) -> None:
+def main(folder: str, workers: list[str], options: dict[str, Any], answer_file: Path) -> None:
     if options.pop("async_scheduling", False):
         force_async_scheduling()
     queries = options.pop("queries")
@@ -71,7 +71,7 @@ def main(folder: str, worker: str, options: dict[str, Any], answer_file: Path) -
         gpu_memory_utilization=0.3,
         **options,
     )
-    params = [steered(worker, query, i, T, num_tokens, ignore_eos) for i, query in enumerate(queries)]
+    params = [steered(workers[i // 2 % len(workers)], query, i, T, num_tokens, ignore_eos) for i, query in enumerate(queries)]
     answers = llm.chat([[{"role": "user", "content": query}] for query in queries], params, use_tqdm=False)
     tokens = [list(answer.outputs[0].token_ids) for answer in answers]
     # Not to stdout: vLLM's processes write there as well, into the same line if they like.
@@ -79,4 +79,4 @@ def main(folder: str, worker: str, options: dict[str, Any], answer_file: Path) -
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), Path(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2].split(","), json.loads(sys.argv[3]), Path(sys.argv[4]))

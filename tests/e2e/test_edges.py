@@ -79,12 +79,25 @@ def test_hostile_deltas_leave_the_plain_answer_and_are_counted(deployment: Deplo
     plain = deployment.chat(QUERY).choices[0].message.content
     vocabulary = vocabulary_of(deployment.folder / "large")
     with rogue_edge(deployment.server.hub, "rogue", vocabulary, HOSTILE[name]):
-        answer = deployment.chat(QUERY, {"worker": "rogue", "deadline_ms": 200})
+        answer = deployment.chat(QUERY, {"worker": "rogue", "on_missing": "continue", "deadline_ms": 200})
         assert answer.choices[0].message.content == plain
         account = deployment.account(answer.id)
         assert (account["tokens_steered"], account["tokens_missed"]) == (0, answer.usage.completion_tokens)
     steered = deployment.chat(QUERY, {"T": 5})
     assert deployment.account(steered.id)["tokens_missed"] == 0
+
+
+@pytest.mark.parametrize("on_missing", ["wait", "fail"])
+@pytest.mark.parametrize("name", list(HOSTILE))
+def test_hostile_deltas_fail_a_request_that_needs_them(deployment: Deployment, name: str, on_missing: str) -> None:
+    steering = {"worker": "rogue", "on_missing": on_missing, "deadline_ms": 1_000}
+    with rogue_edge(deployment.server.hub, "rogue", vocabulary_of(deployment.folder / "large"), HOSTILE[name]):
+        with pytest.raises(openai.InternalServerError, match="costeer: edge worker 'rogue', token 0: ") as failure:
+            deployment.chat(QUERY, steering)
+        assert failure.value.status_code == 503
+        streamed = deployment.chat(QUERY, steering, stream=True)
+        with pytest.raises(openai.APIError, match="costeer: edge worker 'rogue', token 0: "):
+            list(streamed)
 
 
 def test_an_edge_of_another_vocabulary_is_refused(deployment: Deployment) -> None:
@@ -104,7 +117,8 @@ def test_an_edge_that_is_late_for_some_tokens_is_used_for_the_others(deployment:
         return [] if position % 2 else [encode(Delta(question.stream, position, prefix_hash, payload))]
 
     with rogue_edge(deployment.server.hub, "rogue", vocabulary_of(deployment.folder / "large"), every_second):
-        answer = deployment.chat(QUERY, {"worker": "rogue", "deadline_ms": 100}, max_tokens=8, extra_body={"ignore_eos": True})
+        steering = {"worker": "rogue", "on_missing": "continue", "deadline_ms": 100}
+        answer = deployment.chat(QUERY, steering, max_tokens=8, extra_body={"ignore_eos": True})
         account = deployment.account(answer.id)
     # After a miss the engine does not wait again until it hears from the edge: some even positions are missed as well.
     assert account["tokens_steered"] + account["tokens_missed"] == 8
@@ -120,7 +134,7 @@ def another_edge(deployment: Deployment, name: str, logs: Any, hub: str | None =
 def test_an_edge_that_is_killed_mid_answer_costs_only_its_own_tokens(deployment: Deployment, tmp_path: Any) -> None:
     with ExitStack() as stack:
         edge = stack.enter_context(another_edge(deployment, "mortal", tmp_path))
-        steering = {"worker": "mortal", "deadline_ms": 60_000}
+        steering = {"worker": "mortal", "on_missing": "continue", "deadline_ms": 60_000}
         stream = deployment.chat(QUERY, steering, stream=True, max_tokens=400, extra_body={"ignore_eos": True})
         chunks = list(itertools.islice(stream, 10))
         os.kill(edge.process.pid, signal.SIGKILL)
@@ -141,7 +155,7 @@ def test_an_edge_that_is_killed_mid_answer_costs_only_its_own_tokens(deployment:
 
 def test_an_edge_that_is_stopped_and_goes_on_is_used_again(deployment: Deployment, tmp_path: Any) -> None:
     with another_edge(deployment, "sleeper", tmp_path) as edge:
-        steering = {"worker": "sleeper", "deadline_ms": 100}
+        steering = {"worker": "sleeper", "on_missing": "continue", "deadline_ms": 100}
         stream = deployment.chat(QUERY, steering, stream=True, max_tokens=300, extra_body={"ignore_eos": True})
         chunks = list(itertools.islice(stream, 10))
         os.kill(edge.process.pid, signal.SIGSTOP)

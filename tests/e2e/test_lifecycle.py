@@ -34,7 +34,8 @@ def healthy(port: int) -> bool:
 
 def chat(url: str, worker: str, **options: Any) -> Any:
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
-    body = {"costeer": {"worker": worker, "deadline_ms": 30_000}, **options.pop("extra_body", {"ignore_eos": True})}
+    steering = {"worker": worker, "on_missing": options.pop("on_missing", "wait"), "deadline_ms": 30_000}
+    body = {"costeer": steering, **options.pop("extra_body", {"ignore_eos": True})}
     arguments: dict[str, Any] = {"max_tokens": 40, "temperature": 0, **options}
     return client.chat.completions.create(
         model=client.models.list().data[0].id,
@@ -81,7 +82,7 @@ def test_a_hub_elsewhere_with_a_key_may_restart(pair_folder: Path, tmp_path: Pat
         small = pair_folder / "small"
         edge = stack.enter_context(edge_worker(f"127.0.0.1:{port}", "here", small, context, tmp_path, EDGE_OPTIONS, secret))
         before = chat(server.url, "here")
-        stream = chat(server.url, "here", stream=True, max_tokens=600)
+        stream = chat(server.url, "here", stream=True, max_tokens=600, on_missing="continue")
         answered = [next(stream)]
         stop(first.process)
         with pytest.raises(openai.BadRequestError, match="hub"):
