@@ -39,6 +39,7 @@ CLIENT_S = 120.0  # an answer that takes longer is a hang
 SMALL_CACHE = ("--num-gpu-blocks-override", "40", "--block-size", "32")  # all of it is used early, and requests are preempted
 MOST_MIB = {"hub": 16, "server": 64, "steady": 32}  # that a process may grow by after the warm-up
 MOST_DESCRIPTORS = 4  # more than before: connections that a client or a monitor has just closed
+MOST_THREADS = 4  # more than before: asyncio's pool has (cores + 4) at the most and starts them one by one
 
 
 @dataclass
@@ -278,6 +279,6 @@ def test_mixed_load_with_edge_workers_that_come_and_go(
     for name, most_mib in MOST_MIB.items():
         assert after[name]["MiB"] <= before[name]["MiB"] + most_mib, (before, after)
         assert after[name]["descriptors"] <= before[name]["descriptors"] + MOST_DESCRIPTORS, (before, after)
-        assert after[name]["threads"] <= before[name]["threads"], (before, after)
+        assert after[name]["threads"] <= before[name]["threads"] + MOST_THREADS, (before, after)
         assert after[name]["processes"] == before[name]["processes"], (before, after)
     assert {"plain", "fully steered", "left"} <= system.outcomes.keys(), system.outcomes
