@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.deltas.triples import LogProbs, Triple
-from costeer_vllm.delta import SparseDelta, decode, encode_sparse
+from costeer_vllm.delta import STEP, SparseDelta, decode, encode_sparse
 from costeer_vllm.delta.choice import WORTH
 
 STRENGTHS = (0.476, 1.0, 1.75, 2.6)  # the paper's T = 1, about 4, about 20, and what T grows to: see steering.py
@@ -34,7 +34,7 @@ class Point:
     kl_mean: float  # nats, of the exact policy from the one with the coded delta
     kl_p99: float
     greedy_changed: float  # share of the positions
-    greedy_near: float  # share at which the exact policy's two likeliest tokens are within 0.02 nats
+    greedy_near: float  # share at which the exact policy's two likeliest tokens are within 0.005 nats
     encode_us: float  # medians
     decode_us: float
 
@@ -63,7 +63,7 @@ class Exact:
         self._mean_move = float(self._policy @ moves)
         self.greedy = int(logits.argmax())
         first, second = np.partition(logits, -2)[[-1, -2]]
-        self.is_near = bool(first - second < 0.02)
+        self.is_near = bool(first - second < STEP)
 
     def divergence(self, delta: SparseDelta) -> float:
         """KL(exact policy || the one with ``delta``), nats. Only the listed ids need a look."""

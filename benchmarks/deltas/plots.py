@@ -11,6 +11,7 @@ from costeer_vllm.delta.choice import WORTH
 
 COLORS = dict(zip(STRENGTHS, ("#0072b2", "#009e73", "#cc79a7", "#d55e00"), strict=True))  # of Okabe and Ito
 GRAY = "#666666"
+BYTES = (30, 100, 300, 1000, 3000)
 
 
 def plot(points: Sequence[Point], folder: Path) -> None:
@@ -30,6 +31,9 @@ def _panels(points: Sequence[Point], measure: str, label: str, target: float) ->
         axes.axvline(400, color=GRAY, linewidth=0.8, linestyle=":", label="400 bytes")
         axes.set_title(f"{family}\n{vocab:,} tokens, {positions:,} positions", fontsize=10)
         axes.set_xscale("log")
+        axes.set_xlim(25, 4500)
+        axes.set_xticks(BYTES, [f"{size:,}" for size in BYTES])
+        axes.minorticks_off()
         if measure == "greedy_changed":
             axes.set_yscale("symlog", linthresh=1e-4)
             axes.set_ylim(0, 0.2)

@@ -29,7 +29,7 @@ from costeer_vllm.errors import InvalidDelta
 
 MAX_NATS = 10_000.0  # no entry is larger: times any allowed strength it is finite in float32
 MAX_ENTRIES = 4096  # of a sparse delta
-STEP = 0.02  # nats of the steered logit, strength * delta: the grid of a sparse delta's entries
+STEP = 0.005  # nats of the steered logit, strength * delta: the grid of a sparse delta's entries
 
 _LOSSLESS, _SPARSE = 1, 2
 _COUNT_32, _COUNT_16 = struct.Struct("<BI"), struct.Struct("<BH")
