@@ -71,6 +71,7 @@ def _line(axes: Any, points: Sequence[Point], measure: str) -> None:
         marker="*",
         markersize=13,
         linestyle="",
+        clip_on=False,
         label="the default" if last else None,
     )
     before = next(p for p in points if p.code == TOP_512)
