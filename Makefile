@@ -9,8 +9,9 @@ BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
 demo: .venv/installed  ## real vLLM, hub and edge workers on this machine, answers side by side and a score table
 	$(BIN)/costeer demo
 
-test: check chromium  ## the whole suite, end-to-end tests on real vLLM included
-	$(BIN)/pytest
+test: check chromium  ## the whole suite: first what takes minutes, then the end-to-end tests on real vLLM
+	$(BIN)/pytest --ignore=tests/e2e
+	$(BIN)/pytest tests/e2e
 
 check: .venv/installed  ## style and types
 	$(BIN)/ruff check .

@@ -131,8 +131,15 @@ def settings_for(model_dir: Path, tmp_path: Path, **changes: Any) -> EdgeSetting
     if not context.exists():
         context.write_text(CONTEXT, encoding="utf-8")
     return EdgeSettings(
-        **{"hub": "127.0.0.1:1", "name": "laptop", "model": str(model_dir), "context": str(context), "threads": 1,
-           "delta": "lossless", **changes}
+        **{
+            "hub": "127.0.0.1:1",
+            "name": "laptop",
+            "model": str(model_dir),
+            "context": str(context),
+            "threads": 1,
+            "delta": "lossless",
+            **changes,
+        }
     )
 
 

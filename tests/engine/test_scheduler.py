@@ -331,6 +331,33 @@ def test_async_a_token_that_is_taken_back_is_chosen_again(async_engine: Engine) 
     assert request.num_output_placeholders >= 0
 
 
+@pytest.mark.parametrize("async_engine", ["v2"], indirect=True)
+@pytest.mark.parametrize("num_before", [0, 2])  # output tokens when the cache is filled: after a preemption there are some
+def test_async_the_end_of_a_fill_is_repeated_with_nothing_in_flight(async_engine: Engine, num_before: int) -> None:
+    """A step behind it would start one position late, as would each that is scheduled before that one's result is known."""
+    engine = async_engine
+    request = engine.add("a")
+    for _ in range(num_before):
+        engine.step()
+        engine.settle(request)
+    if num_before:
+        engine.scheduler.running.remove(request)
+        engine.scheduler._preempt_request(request, 0.0)
+    filled = request.num_tokens
+    steps = [engine.schedule(), engine.schedule()]
+    ends = []  # positions computed by each step that is scheduled after the first was dropped
+    for _ in range(4):
+        engine.write(request, num_before, State.SETTLED)  # the answer comes as soon as it has been missed
+        while not steps[0].num_scheduled_tokens:
+            steps.pop(0)
+        engine.finish(steps.pop(0), without=engine.take_back(request, num_before))
+        steps.append(engine.schedule())
+        if steps[-1].num_scheduled_tokens:
+            ends.append(request.num_computed_tokens)
+    assert filled in ends
+    assert request.num_output_tokens == num_before
+
+
 @pytest.mark.parametrize("async_engine", ["v1"], indirect=True)  # V2 repeats the position by itself
 def test_async_garbage_of_a_step_in_flight_is_dropped(async_engine: Engine) -> None:
     engine = async_engine

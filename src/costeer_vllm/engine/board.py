@@ -155,4 +155,3 @@ def new_path() -> Path:
     shared = Path("/dev/shm")
     folder = shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
     return folder / f"costeer-{secrets.token_hex(8)}"
-

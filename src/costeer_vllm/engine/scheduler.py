@@ -33,11 +33,12 @@ logger = logging.getLogger("vllm.costeer")  # below vLLM's own logger: its handl
 class _Steered:
     """What the scheduler remembers of a steered request."""
 
-    __slots__ = ("counts", "fusion", "garbage", "leave_out", "request", "ticket")
+    __slots__ = ("counts", "filled", "fusion", "garbage", "leave_out", "request", "ticket")
 
     def __init__(self, request: Request, ticket: int, fusion: str) -> None:
         self.request, self.ticket, self.fusion = request, ticket, fusion
-        self.leave_out = False  # of the next step, whatever the board says: runner V1 then forgets the token that was dropped
+        self.leave_out = False  # of the next step, whatever the board says: see _roll_back
+        self.filled = 0  # output tokens it had when its cache was filled last
         self.garbage = False  # runner V1: the steps in flight were fed a dropped token
         self.counts = True  # its newest dropped token is among the computed ones
 
@@ -74,9 +75,13 @@ class _Holding(Scheduler):  # type: ignore[misc]
         for request in self._guarded(self._left_out):
             # schedule() counts current_step up before it compares.
             request.next_decode_eligible_step = max(request.next_decode_eligible_step, self.current_step + 2)
+        decoding = {steered for _, steered in self._decoding()}
         output = super().schedule(throttle_prefills)
         steps = (self._steered.get(request_id) for request_id in output.num_scheduled_tokens)
         sampling = [steered for steered in steps if steered and not steered.request.is_prefill_chunk]
+        for steered in sampling:
+            if steered not in decoding:
+                steered.filled = steered.request.num_output_tokens
         self._sampling[id(output)] = output, sampling
         return output
 
@@ -177,9 +182,17 @@ class _Holding(Scheduler):  # type: ignore[misc]
         return bool(row["ticket"] == steered.ticket and row["taken_back"] == steered.request.num_output_tokens)
 
     def _roll_back(self, steered: _Steered) -> None:
-        request = steered.request
+        """Let the position be computed again: in the next step or, with ``leave_out``, in the one after it.
+
+        Runner V1 forgets the dropped token once it has seen a step without the request. Model Runner V2 repeats by itself, save
+        for the token that ends a fill: a step in flight behind it is worth nothing (see slots.py), and one scheduled on top of
+        that would again be behind it, for ever.
+        """
+        request, in_flight = steered.request, steered.request.num_in_flight_tokens > 0
         if not self.use_v2_model_runner:
-            steered.leave_out, steered.garbage = True, request.num_in_flight_tokens > 0
+            steered.leave_out, steered.garbage = True, in_flight
+        elif request.num_output_tokens == steered.filled:
+            steered.leave_out = in_flight
         if steered.counts and request.status == RequestStatus.RUNNING:
             request.num_computed_tokens -= 1
             request.num_output_placeholders = max(0, request.num_output_placeholders - 1)
