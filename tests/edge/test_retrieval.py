@@ -261,7 +261,7 @@ def test_only_what_differs_is_evaluated_again(model_dir: Path, tokenizer: Any, t
 
     def asked(serial: int, text: str) -> tuple[list[int], int]:
         """The ids of the prompt with context, and how many of both prompts' were copied."""
-        results = evaluator.turn([Order(serial, 0, (), 0, 0, 1.0, ask(text))], [])
+        results = evaluator.turn([Order(serial, 0, (), 0, 0, ask(text))], [])
         pair = evaluator._pairs[serial]
         while not results:
             results = evaluator.turn([], [])
