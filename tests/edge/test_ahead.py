@@ -1,10 +1,11 @@
 """Look-ahead without a model: what is told next, within which bounds, and when it is not worth it."""
 
+import itertools
 import random
 
 import pytest
 
-from costeer_vllm.edge.ahead import FADING, MIN_ROUND_TRIP_S, MIN_SHARE, MIN_WORTH, SPARE_WINDOWS, Ahead, Pace, Path, Told
+from costeer_vllm.edge.ahead import FADING, MIN_ROUND_TRIP_S, MIN_SHARE, MIN_WORTH, SPARE_IDS, Ahead, Pace, Path, Told
 from costeer_vllm.protocol.messages import MAX_GUESSES
 from costeer_vllm.protocol.stream import extend_hash
 
@@ -24,10 +25,10 @@ class Stream:
     def answer(self, path: Path = ()) -> bool:
         return self.ahead.tell(path, Told(self.likely), self.size)
 
-    def guess(self, most: int = REACH, reach: int = REACH) -> list[Path]:
+    def guess(self, most: int = REACH, reach: int = REACH, max_ids: int = 8) -> list[Path]:
         """Tell up to ``most`` guesses, and return their paths."""
         told: list[Path] = []
-        while len(told) < most and (path := self.ahead.next(reach)) is not None and self.answer(path):
+        while len(told) < most and (path := self.ahead.next(reach, max_ids)) is not None and self.answer(path):
             told.append(path)
         return told
 
@@ -84,9 +85,9 @@ def test_after_a_miss_it_begins_anew() -> None:
 
 def test_nothing_is_guessed_before_the_question_is_answered() -> None:
     ahead = Ahead(0, 0, 1.0, PLENTY)
-    assert ahead.next(REACH) is None
+    assert ahead.next(REACH, 8) is None
     assert not ahead.advance(0, [1], 1, extend_hash(0, [1]), 0.0, Pace())
-    assert ahead.next(REACH) is None
+    assert ahead.next(REACH, 8) is None
 
 
 def test_the_same_prefix_asked_for_again_is_told_again() -> None:
@@ -107,7 +108,7 @@ def test_bytes_in_flight_are_bounded() -> None:
     stream = Stream([(7, 0.99)], max_bytes=1000, size=300)
     assert len(stream.guess()) == 3
     assert stream.ahead.num_bytes == 900
-    assert stream.ahead.next(REACH) is None
+    assert stream.ahead.next(REACH, 8) is None
     stream.advance(7)
     assert stream.ahead.num_bytes == 600
     assert stream.guess() == [(7, 7, 7)]
@@ -120,7 +121,7 @@ def test_a_guess_that_grew_beyond_the_budget_is_not_told() -> None:
     stream.size = 1200
     assert stream.guess() == []
     assert stream.ahead.num_bytes == 0
-    assert stream.ahead.next(REACH) is None, "nor tried again"
+    assert stream.ahead.next(REACH, 8) is None, "nor tried again"
 
 
 def test_guesses_in_flight_are_bounded_as_the_engine_counts_them() -> None:
@@ -135,14 +136,43 @@ def test_guesses_in_flight_are_bounded_as_the_engine_counts_them() -> None:
         stream.advance(rng.choice((7, 8, 9)))
 
 
-def test_windows_are_bounded_per_token_of_the_answer() -> None:
-    stream = Stream([(7, 0.99), (8, 0.98)])
-    told = 0
+def num_ids(paths: list[Path]) -> int:
+    """Evaluated for guesses told one after the other: each starts where it parts from the one before it."""
+    count = 0
+    for before, path in itertools.pairwise([(), *paths]):
+        same = next((i for i, (a, b) in enumerate(zip(before, path, strict=False)) if a != b), min(len(before), len(path)))
+        count += len(path) - same
+    return count
+
+
+@pytest.mark.parametrize("likely", [[(7, 0.99), (8, 0.98)], [(7, 0.5), (8, 0.5)]])
+def test_evaluated_ids_are_bounded_per_token_of_the_answer(likely: list[tuple[int, float]]) -> None:
+    stream = Stream(likely)
+    evaluated = 0
     for _ in range(100):
-        told += len(stream.guess())
+        evaluated += num_ids(stream.guess())
         stream.advance(9)
         stream.ahead._hits, stream.ahead._tries = 0.0, 0.0  # however well it seems to go
-    assert told <= SPARE_WINDOWS + 3 * 100
+    assert 100 < evaluated <= SPARE_IDS + 3 * 100
+
+
+def test_a_path_that_parts_far_back_is_left_alone() -> None:
+    """It would make one stream's guess a window of many ids, and all others in that window wait for it."""
+    stream = Stream([(7, 0.99), (8, 0.98)])
+    paths = stream.guess(20, reach=6, max_ids=2)
+    assert len(paths) == 20
+    for before, path in itertools.pairwise([(), *paths]):
+        assert num_ids([before, path]) - len(before) <= 2
+    assert max(map(len, paths)) == 6
+
+
+def test_where_it_was_told_to_stop_nothing_more_is_guessed() -> None:
+    stream = Stream([(7, 0.99)])
+    stream.guess(3)
+    stream.ahead.stop()
+    assert stream.guess() == []
+    assert stream.advance(7), "what was told before is as right as ever"
+    assert stream.guess() == []
 
 
 def test_a_stream_whose_guesses_never_hit_stops_and_tries_again_now_and_then() -> None:

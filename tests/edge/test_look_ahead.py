@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from costeer_vllm.delta import DenseDelta, decode
 from costeer_vllm.edge import ahead as ahead_module
@@ -129,6 +130,38 @@ def test_what_was_told_is_not_told_again_and_a_miss_goes_back(settings: EdgeSett
     check(twin, answer, tokens)
     for guess in device.guess(3):
         check(twin, guess, tokens)
+
+
+def test_a_guess_without_numbers_ends_the_guessing_and_not_the_stream(
+    settings: EdgeSettings, twin: Twin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The arena holds what the guess left there, and not-a-numbers outlast a mask: it must be gone."""
+    device = Device(settings)
+    device.begin([])
+    model = device.evaluator._model
+    step = model.step
+
+    @torch.inference_mode()
+    def broken(pairs: Any) -> Any:
+        found = step(pairs)
+        for row in (row for pair in pairs for row in pair.rows):
+            for tensor in (*model._arena.keys, *model._arena.values):
+                tensor[row.index, row.length - 1] = np.nan
+        return tuple(rows * np.nan for rows in found)
+
+    told = device.guess(2)
+    monkeypatch.setattr(model, "step", broken)
+    assert device.turn() == []
+    monkeypatch.setattr(model, "step", step)
+    assert not device.evaluator.is_busy
+    tokens = list(told[0].guessed)
+    assert device.ask(tokens, 0) == [], "it was told before"
+    tokens.append(next(token for token in range(VOCAB) if token not in stand_in(twin, tokens)))
+    answers = device.ask(tokens, 1)
+    while not answers:
+        answers = device.turn()
+    check(twin, answers[0], tokens)
+    assert not device.evaluator.is_busy
 
 
 def test_a_sibling_that_comes_true_goes_on_too(settings: EdgeSettings, twin: Twin) -> None:

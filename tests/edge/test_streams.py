@@ -386,6 +386,17 @@ def test_a_guess_goes_out_while_it_may_come_true() -> None:
     assert guess(1, 4, 5, guessed=1) is None, "the stream went back to before what was guessed"
 
 
+def test_when_the_app_has_its_answer_no_further_token_is_read() -> None:
+    """A guess for it may have been held back: without a word the engine would wait for it."""
+    disclosures = Disclosures()
+    streams = make(disclosures=disclosures)
+    with disclosures.promise("cloud", Promise("cloud")):
+        assert streams.feed(begin("b", msgspec.structs.replace(QUERY, ref="cloud")), 0.0) is None
+        assert streams.feed(advance("b", [7]), 0.0) is None
+    assert streams.feed(advance("b", [7, 8]), 0.0) == End("b", "refused", OVER)
+    assert streams.take_orders() == ([], [])
+
+
 def test_when_the_app_has_its_answer_its_streams_get_no_more() -> None:
     disclosures = Disclosures()
     streams = make(disclosures=disclosures)

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import zmq
 
-from costeer_vllm.engine.link import _MAX_FRAMES_AT_ONCE, _MAX_QUEUED_FRAMES, HubLink, admit
+from costeer_vllm.engine.link import _MAX_BYTES_AT_ONCE, _MAX_FRAMES_AT_ONCE, _MAX_QUEUED_FRAMES, HubLink, admit
 from costeer_vllm.errors import HubUnavailable
 from costeer_vllm.protocol.messages import (
     MAX_FRAME_BYTES,
@@ -103,6 +103,16 @@ def test_a_flood_is_read_in_portions(hub: FakeHub, link: HubLink) -> None:
         assert 0 < portion <= _MAX_FRAMES_AT_ONCE
         count += portion
     assert count == total
+
+
+def test_a_flood_of_large_frames_is_read_in_portions(hub: FakeHub, link: HubLink) -> None:
+    size, total = 3 * 2**20, 30
+    hub.send(*[encode(Delta("s", 1, 1, bytes(size)))] * total)
+    portions = []
+    while sum(portions) < total:
+        portions.append(sum(1 for _ in link.receive(TIMEOUT_S)))
+        assert 0 < portions[-1] <= _MAX_BYTES_AT_ONCE // size + 1
+    assert sum(portions) == total
 
 
 def test_without_a_hub_nothing_blocks_and_what_is_dropped_is_counted() -> None:

@@ -12,12 +12,14 @@ from prometheus_client import generate_latest
 
 from costeer_vllm.errors import RemoteProtocolError
 from costeer_vllm.hub.metrics import build_registry
-from costeer_vllm.hub.router import Limits, Router
+from costeer_vllm.hub.router import MAX_UNASKED_BYTES, Limits, Router
 from costeer_vllm.protocol import keys
 from costeer_vllm.protocol.messages import (
     Admitted,
+    Advance,
     Attached,
     Begin,
+    Delta,
     End,
     Join,
     Joined,
@@ -616,6 +618,20 @@ class TestStream:
         ends.forget()
         ends.edge(ALICE, delta())
         assert ends.quiet()
+
+    def test_what_an_edge_sends_unasked_is_bounded_until_the_next_question(self, ends):
+        """Nobody bounds a queue of frames in bytes: one worker alone must not fill the hub's and the engine's."""
+        ends.engine(ENGINE, begin())
+        ends.forget()
+        large = Delta("s", 1, 1, bytes(2**20))
+        for _ in range(100):
+            ends.edge(ALICE, large)
+        heard = len(ends.take(ENGINE))
+        assert heard == MAX_UNASKED_BYTES // 2**20
+        assert ends.router.totals.dropped["unasked"] == 100 - heard
+        ends.engine(ENGINE, Advance("s", 1, 1, [2]))
+        ends.edge(ALICE, large)
+        assert len(ends.take(ENGINE)) == 1
 
     def test_a_delta_for_the_stream_of_another_worker(self, ends):
         ends.edge(BOB, attach("bob"))

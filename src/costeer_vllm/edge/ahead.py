@@ -7,10 +7,12 @@ prefix known to be true, and a path leads from it by the tokens that were guesse
     worth(path, token) = worth(path) * min(p(token), hit rate)        worth() = 1
 
 p is the *stand-in* for the personalized policy, of which a device knows only its own part: softmax(log p_without + c * delta),
-c the strength. The path of most worth is told next. What a stream may have in flight is bounded in number, in bytes and in
-windows of the small model; a stream whose guesses do not come true stops, and tries again as its failures fade.
+c the strength. The path of most worth is told next. What a stream may have in flight is bounded in number and in bytes, and what
+it may cost in ids that the small model evaluates: one for a path that goes on from the last one told, more where it forks before.
+A stream whose guesses do not come true stops, and tries again as its failures fade.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,9 +29,10 @@ MIN_SHARE = 0.25  # of a token's time: the most that look-ahead can save is the 
 MIN_WORTH = 0.1  # of a guess: how likely it is to come true
 NUM_LIKELY = 2  # continuations of one prefix that are considered
 FADING = 0.99  # per token: how much hits and tries still count
-WINDOWS_PER_TOKEN, SPARE_WINDOWS = 3.0, 32.0  # guesses that a token of the answer allows, and how many may be saved up
+IDS_PER_TOKEN, SPARE_IDS = 3.0, 32.0  # evaluated for guesses: what a token of the answer allows, and how much may be saved up
 
 LogProbs: TypeAlias = npt.NDArray[np.float32]  # [vocab], nats
+Shown: TypeAlias = npt.NDArray[np.float16]  # the same at half the precision: there is one for every guess, and it is only shown
 Path: TypeAlias = tuple[int, ...]  # guessed tokens behind the newest true prefix
 
 
@@ -65,7 +68,7 @@ class Told:
     """A prefix whose delta was told, and what may follow it."""
 
     likely: Sequence[tuple[int, float]] = ()  # tokens and their probabilities in the stand-in
-    rows: tuple[LogProbs, LogProbs] | None = None  # with and without context, if somebody wants to know
+    rows: tuple[Shown, Shown] | None = None  # with and without context, if somebody wants to know
     children: dict[int, "Told"] = field(default_factory=dict)
 
 
@@ -80,7 +83,8 @@ class Ahead:
         self.in_flight: list[tuple[int, int]] = []  # position and bytes of every guess that the engine may still keep
         self._max_bytes, self._largest = min(max_bytes, MAX_GUESS_BYTES), 0
         self._hits = self._tries = 0.0
-        self._windows = SPARE_WINDOWS  # that may still be spent
+        self._spare = SPARE_IDS  # that may still be evaluated
+        self._last: Path = ()  # told: behind it the small model goes on with one id
         self._asked_at: float | None = None  # seconds; None: by a Begin, whose prompts take their own time
         self._was_told = False
 
@@ -104,18 +108,23 @@ class Ahead:
         self._asked_at = at
         self._was_told = keep == self.position and bool(tokens) and self._follow(tokens)
         self.position, self.prefix_hash = position, prefix_hash
-        self._windows = min(self._windows + WINDOWS_PER_TOKEN * len(tokens), SPARE_WINDOWS)
+        self._spare = min(self._spare + IDS_PER_TOKEN * len(tokens), SPARE_IDS)
+        is_on_the_way = self._last[: len(tokens)] == tuple(tokens)
+        self._last = self._last[len(tokens) :] if self._was_told and is_on_the_way else ()
         if self._was_told:
             self.in_flight = [(place, size) for place, size in self.in_flight if place > position]
         else:  # at the engine those in flight make room for what comes from now on
             self.root, self.in_flight = None, []
         return self._was_told
 
-    def next(self, reach: int) -> Path | None:
-        """The path most worth telling next, at most ``reach`` tokens long; None if none is, or there is no room in flight."""
-        if self.root is None or self._windows < 1 or len(self.in_flight) >= MAX_GUESSES or not self._has_room(self._largest):
+    def next(self, reach: int, max_ids: int) -> Path | None:
+        """The path most worth telling next, at most ``reach`` tokens long and with at most ``max_ids`` ids to evaluate.
+
+        None if none is worth it, or there is no room in flight.
+        """
+        if self.root is None or len(self.in_flight) >= MAX_GUESSES or not self._has_room(self._largest):
             return None
-        best, most, hit_rate = None, MIN_WORTH, self.hit_rate
+        best, most, hit_rate, max_ids = None, MIN_WORTH, self.hit_rate, min(max_ids, int(self._spare))
         open_paths: list[tuple[Told, Path, float]] = [(self.root, (), 1.0)]
         while open_paths:
             told, path, worth = open_paths.pop()
@@ -123,8 +132,10 @@ class Ahead:
                 child, longer, value = told.children.get(token), (*path, token), worth * min(p, hit_rate)
                 if value < most:  # and so is all that follows it
                     continue
-                if child is None:
+                if child is None and self._num_ids(longer) <= max_ids:
                     best, most = longer, value
+                elif child is None:
+                    continue
                 elif len(longer) < reach:
                     open_paths.append((child, longer, value))
         return best
@@ -135,7 +146,8 @@ class Ahead:
         if not path:
             self.root = told
             return True
-        self._windows -= 1
+        self._spare -= self._num_ids(path)
+        self._last = path
         if not self._has_room(num_bytes):
             return False
         parent = self.root
@@ -147,9 +159,18 @@ class Ahead:
         self.in_flight.append((self.position + len(path), num_bytes))
         return True
 
+    def stop(self) -> None:
+        """Guess no more."""
+        self._max_bytes = -1
+
     def hash_of(self, path: Path) -> int:
         """The prefix hash behind ``path``."""
         return extend_hash(self.prefix_hash, path)
+
+    def _num_ids(self, path: Path) -> int:
+        """To be evaluated for ``path``: what lies behind its fork from the last one."""
+        pairs = zip(path, self._last, strict=False)
+        return len(path) - sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def _has_room(self, num_bytes: int) -> bool:
         return self.num_bytes + num_bytes <= self._max_bytes

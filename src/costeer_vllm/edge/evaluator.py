@@ -1,6 +1,6 @@
 """The model thread's half of the edge worker: orders in, payloads out, one window of the small model per turn.
 
-While no stream waits for an answer the windows go to guesses: one token each for the streams that look ahead (``ahead.py``).
+While no stream waits for an answer the windows go to guesses: one for each of the streams that look ahead (``ahead.py``).
 
 Whatever goes wrong here ends the streams it happened to, with a fixed sentence; the text of an exception is never passed on, for
 it may hold a part of the private context.
@@ -193,7 +193,7 @@ class Evaluator:
         """For every stream the path that it should tell next unasked, if there is one."""
         if not self.pace.pays:
             return {}
-        paths = {serial: ahead.next(self.pace.reach) for serial, ahead in self._ahead.items()}
+        paths = {serial: ahead.next(self.pace.reach, STEP_TOKENS) for serial, ahead in self._ahead.items()}
         return {serial: path for serial, path in paths.items() if path and self._fits(serial, path)}
 
     def _fits(self, serial: int, path: Path) -> bool:
@@ -208,7 +208,9 @@ class Evaluator:
         likely = self._likely(serials, log_with, log_without)
         answers = list[Result]()
         for serial, bad, *row in zip(serials, is_bad, likely, log_with.cpu().numpy(), log_without.cpu().numpy(), strict=True):
-            if bad:
+            if bad and paths[serial]:
+                self._stop_guessing(serial)
+            elif bad:
                 answers.append(self._give_up(serial, "failed", "the small model of the edge worker gives no numbers"))
             elif (answer := self._answer(serial, paths[serial], *row)) is not None:
                 answers.append(answer)
@@ -235,10 +237,17 @@ class Evaluator:
             assert order is not None
             return Answer(serial, order.position, order.prefix_hash, _difference(with_context, without_context))
         payload = self._encoded(ahead.strength, with_context, without_context)
-        rows = (with_context.copy(), without_context.copy()) if self._tells_reads else None  # a view keeps the whole batch
+        rows = (with_context.astype(np.float16), without_context.astype(np.float16)) if self._tells_reads else None
         if not ahead.tell(path, Told(likely, rows), len(payload)):
             return None
         return Answer(serial, ahead.position + len(path), ahead.hash_of(path), payload, path)
+
+    def _stop_guessing(self, serial: int) -> None:
+        """The small model gives no numbers for a continuation that may never come: the stream goes on without a trace of it."""
+        ahead, pair = self._ahead[serial], self._pairs[serial]
+        ahead.stop()
+        pair.rewrite(ahead.position, ())
+        self._model.wipe(pair)
 
     def _encoded(self, strength: float, with_context: LogProbs, without_context: LogProbs) -> bytes:
         if self._encoding == "sparse":

@@ -319,6 +319,13 @@ class SmallModel:
             self._arena.zero(row.index)
 
     @torch.inference_mode()
+    def wipe(self, pair: Pair) -> None:
+        """Forget what is cached of an open pair: all of it will be evaluated again."""
+        for row in pair.rows:
+            self._arena.zero(row.index)
+            row.length = 0
+
+    @torch.inference_mode()
     def prefill(self, pair: Pair) -> None:
         """Evaluate one window of at most PREFILL_TOKENS ids, and never the last id of a row, towards ``pair.is_ready``."""
         if pair.gap:

@@ -263,6 +263,8 @@ class Streams:
         if len(stream.tokens) > self._max_positions:
             sentence = f"the stream is longer than the small model's {self._max_positions} positions"
             return self._end(stream.name, "refused", sentence)
+        if stream.disclosure.is_over:
+            return self._end(stream.name, "refused", OVER)
         stream.seen = now
         self._asked[stream.serial] = stream
         return None

@@ -25,6 +25,8 @@ from costeer_vllm import __version__
 from costeer_vllm.errors import RemoteProtocolError
 from costeer_vllm.protocol import keys
 from costeer_vllm.protocol.messages import (
+    MAX_FRAME_BYTES,
+    MAX_GUESS_BYTES,
     PROTOCOL_VERSION,
     Admit,
     Admitted,
@@ -55,6 +57,8 @@ Send: TypeAlias = tuple[Destination, bytes | None]
 RefusedCode = Literal["version", "attach_key", "name_taken", "full", "worker", "steering_key", "join", "vocabulary", "fusion"]
 
 MAX_NAMES_LISTED = 8
+# Of one stream between two questions: the answer, the guesses that an engine keeps, and those that were under way before them.
+MAX_UNASKED_BYTES = MAX_FRAME_BYTES + 2 * MAX_GUESS_BYTES
 MAX_SENTENCE = 1024  # characters, as in protocol.messages.Sentence
 
 
@@ -105,6 +109,7 @@ class HubStream:
     answers: int = 0  # Deltas or Choices
     bytes_up: int = 0  # edge worker -> engine: the same
     bytes_down: int = 0  # engine -> edge worker: Begin, Advance and Candidates
+    bytes_unasked: int = 0  # edge worker -> engine since the last question
     reason: EndReason | None = None  # why it is an orphan
 
 
@@ -279,6 +284,10 @@ class Router:
         return Refused("name_taken", sentence)
 
     def _answer_of_edge(self, stream: HubStream, answer: Delta | Choice, frame: bytes) -> list[Send]:
+        if stream.bytes_unasked > MAX_UNASKED_BYTES:
+            self.totals.dropped["unasked"] += 1
+            return []
+        stream.bytes_unasked += len(frame)
         stream.answers += 1
         stream.bytes_up += len(frame)
         self._count("to_engine", answer, frame)
@@ -469,6 +478,7 @@ class Router:
         assert stream.connection is not None
         stream.positions += not isinstance(message, Candidates)
         stream.bytes_down += len(frame)
+        stream.bytes_unasked = 0
         self._count("to_edge", message, frame)
         sends.append((stream.connection, frame))
 
