@@ -150,6 +150,8 @@ def test_a_guess_without_numbers_ends_the_guessing_and_not_the_stream(
         return tuple(rows * np.nan for rows in found)
 
     told = device.guess(2)
+    while len(device.evaluator._guesses()[1]) < 3:
+        told += device.turn()
     monkeypatch.setattr(model, "step", broken)
     assert device.turn() == []
     monkeypatch.setattr(model, "step", step)
@@ -157,6 +159,7 @@ def test_a_guess_without_numbers_ends_the_guessing_and_not_the_stream(
     tokens = list(told[0].guessed)
     assert device.ask(tokens, 0) == [], "it was told before"
     tokens.append(next(token for token in range(VOCAB) if token not in stand_in(twin, tokens)))
+    assert len(tokens) == 2, "not where the numbers failed"
     answers = device.ask(tokens, 1)
     while not answers:
         answers = device.turn()
