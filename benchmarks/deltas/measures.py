@@ -12,7 +12,7 @@ from benchmarks.deltas.triples import LogProbs, Triple
 from costeer_vllm.delta import STEP, SparseDelta, decode, encode_sparse
 from costeer_vllm.delta.choice import WORTH
 
-STRENGTHS = (0.476, 1.0, 1.75, 2.6)  # the paper's T = 1, about 4, about 20, and what T grows to: see steering.py
+STRENGTHS = (0.476, 1.0, 1.75, 2.6)  # the paper's T = 1, about 4, about 20 and about 100: see steering.py
 WORTHS = (1e-4, 3e-5, 1e-5, WORTH, 2e-6, 5e-7)
 TOP_512 = "top 512"  # the reference: what was sent before
 

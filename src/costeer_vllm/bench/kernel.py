@@ -24,7 +24,7 @@ from torch import Tensor
 from costeer_vllm.kernels import Backend, Deltas, DenseDeltas, SparseDeltas, steer_inplace
 
 VOCAB, PADDING = 152_064, 128  # Qwen2.5: logits, and how many of them are no ids
-ENTRIES = 512  # of one sparse delta at the most, as the codec's
+ENTRIES = 512  # of one sparse delta; the codec sends up to 4,096, and fewer than this as a rule
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

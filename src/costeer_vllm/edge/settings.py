@@ -12,7 +12,7 @@ from costeer_vllm.addresses import is_loopback
 from costeer_vllm.errors import InvalidParameter
 from costeer_vllm.protocol.messages import Fusion
 
-Encoding: TypeAlias = Literal["lossless", "sparse"]  # of a delta: see delta.py
+Encoding: TypeAlias = Literal["lossless", "sparse"]  # of a delta: see delta/
 DType: TypeAlias = Literal["auto", "float32", "bfloat16"]
 
 

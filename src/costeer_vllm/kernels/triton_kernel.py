@@ -11,7 +11,7 @@ from torch import Tensor
 # 8 ids per thread are two 16-byte loads of float32 or one of float16; one row of 152,064 then still makes 149 programs, enough
 # to occupy every multiprocessor of a large GPU.
 _DENSE_BLOCK = 1024
-_SPARSE_BLOCK = 512  # entries: what the codec's default sends at most for one row
+_SPARSE_BLOCK = 512  # entries: as many as most sparse deltas have, or more
 _MAX_PROGRAMS_PER_ROW = 8  # sparse rows differ in length and only the device knows each: programs step through their row
 # Memory is the bound, so an unfused sum costs nothing; fused or not by default differs between versions of Triton.
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}

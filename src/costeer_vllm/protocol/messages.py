@@ -151,7 +151,7 @@ class Begin(Message, frozen=True):
     request: StreamId  # the client's request; its n > 1 children are streams of their own
     worker: Name
     query: Query
-    strength: float  # c_T; in cloud fusion for the worker's own record, since the engine applies it
+    strength: float  # c_T; in cloud fusion the engine applies it, and the worker knows by it what is worth sending and guessing
     tokens: TokenIds = []  # generated before, oldest first; position is their number
     grant: Digest | None = None  # see protocol/keys.py
     sampling: Sampling | None = None  # None: cloud fusion
@@ -179,7 +179,7 @@ class Delta(Message, frozen=True):
     stream: StreamId
     position: Position
     prefix_hash: PrefixHash
-    payload: Annotated[bytes, msgspec.Meta(max_length=MAX_FRAME_BYTES)]  # see delta.py
+    payload: Annotated[bytes, msgspec.Meta(max_length=MAX_FRAME_BYTES)]  # see delta/
 
 
 class Candidates(Message, frozen=True):
