@@ -1,5 +1,6 @@
 """Streams whose requests can be held: a board, a hub over a real socket, and what each ``on_missing`` makes of a fault."""
 
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -155,6 +156,27 @@ def test_a_step_that_is_alone_waits_for_an_answer_on_its_way(engine: Engine) -> 
     assert stream.answer is not None
 
 
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_step_does_not_wait_for_a_request_that_is_over(engine: Engine, when: str) -> None:
+    """Scheduled before its end was known; nobody will see the token."""
+    stream = engine.begin()
+    ticket = stream.request.ticket
+    assert ticket is not None
+    end = threading.Timer(0.05 if when == "meanwhile" else 0.0, engine.tickets.withdraw, [ticket])
+    end.start()
+    if when == "before":
+        end.join()
+    start = time.monotonic()
+    engine.table.collect([stream])
+    assert time.monotonic() - start < LONG_MS / 1000 / 2
+    end.join()
+    if when == "before":
+        assert stream.taken_back, "so that it counts as neither steered nor missed"
+    engine.table.leave(stream, 1)
+    assert (stream.steered, stream.missed) == (0, 0)
+    assert engine.row(stream)["taken_back"] == -1 or when == "meanwhile", "its row may be another request's by now"
+
+
 def test_without_a_ticket_the_step_waits_until_the_deadline(engine: Engine) -> None:
     request = SteeringRequest("r", "laptop", Query(prompt="Hi"), 1.5, 300.0, "continue")
     stream = engine.table.begin(request, [], frozenset())
@@ -283,6 +305,18 @@ def test_a_refusal_is_final(engine: Engine) -> None:
     stream = engine.begin()
     engine.hear(End(stream.id, "refused", "the steering key does not fit"))
     assert stream.failure == "costeer: edge worker 'laptop', token 0: the steering key does not fit"
+
+
+@pytest.mark.parametrize("message", ["reattached", "join"])
+def test_a_stream_that_we_gave_up_is_not_begun_again(engine: Engine, message: str) -> None:
+    """It is not certain any more which tokens it has."""
+    stream = engine.begin("continue")
+    engine.table.give_up()
+    engine.table._handle(Reattached(stream.id) if message == "reattached" else Refused("join", "who are you?"))
+    engine.table.collect([stream])
+    assert not stream.taken_back
+    assert stream.answer is None
+    assert stream.closed_by is not None
 
 
 def test_a_hub_that_restarted_is_told_of_held_streams(engine: Engine) -> None:

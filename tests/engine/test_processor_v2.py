@@ -14,8 +14,10 @@ import pytest
 import torch
 from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcRequestState
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.states import RequestState
 
+from costeer_vllm.engine import hooks
 from costeer_vllm.engine.processor import CoSteerLogitsProcessor
 from costeer_vllm.engine.slots import Slots, TokenReader
 from costeer_vllm.protocol.messages import Advance, Begin, Candidates, End, Sampling
@@ -485,7 +487,7 @@ def test_a_row_behind_a_prefill_whose_token_was_taken_back_is_stale() -> None:
         all_token_ids=SimpleNamespace(),
     )
     slots = Slots(state, on_vacated=lambda slot: None)
-    fresh, decoding, resumed = (SimpleNamespace(position=position) for position in (0, 1, 2))
+    fresh, decoding, resumed = (SimpleNamespace(position=position, taken_back=True) for position in (0, 1, 2))
     slots.streams = {0: fresh, 1: decoding, 2: resumed}
 
     def rows(*lengths: int) -> tuple[set[int], set[int]]:
@@ -495,3 +497,19 @@ def test_a_row_behind_a_prefill_whose_token_was_taken_back_is_stale() -> None:
     assert rows(5, 6, 7) == ({0, 1, 2}, set()), "the ends of two prefills and a decode"
     assert rows(6, 7, 8) == ({1}, {0, 2}), "a decode may be one too long on the host, and is prepared on the device"
     assert rows(4, 6, 6) == ({1}, set()), "chunks of prefills"
+    fresh.taken_back = False
+    assert rows(6, 7, 8) == ({0, 1}, {2}), (
+        "nothing was taken back: a token was lost, and the row must not be repeated for ever"
+    )
+
+
+def test_what_is_taken_back_is_a_rejected_draft_to_all_of_the_runner() -> None:
+    """Also to what reads the sampler's own output, as the connector of routed experts does."""
+    slots = SimpleNamespace(taken_back=[1], take_taken_back=lambda device: torch.tensor([1], device=device))
+    runner = SimpleNamespace(req_states=SimpleNamespace(all_token_ids=SimpleNamespace(costeer_slots=slots)))
+    ones, zeros = torch.ones(3, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+    sampled = SamplerOutput(torch.tensor([[4], [5], [6]]), None, None, ones, zeros)
+    output, *counts = hooks._sample_v2(lambda runner: (sampled, ones, zeros), runner)
+    for num_sampled, num_rejected in (counts, (output.num_sampled, output.num_rejected)):
+        assert num_sampled.tolist() == [1, 0, 1]
+        assert num_rejected.tolist() == [0, 1, 0]

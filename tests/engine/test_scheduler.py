@@ -333,8 +333,8 @@ def test_async_a_token_that_is_taken_back_is_chosen_again(async_engine: Engine) 
 
 @pytest.mark.parametrize("async_engine", ["v2"], indirect=True)
 @pytest.mark.parametrize("num_before", [0, 2])  # output tokens when the cache is filled: after a preemption there are some
-def test_async_the_end_of_a_fill_is_repeated_with_nothing_in_flight(async_engine: Engine, num_before: int) -> None:
-    """A step behind it would start one position late, as would each that is scheduled before that one's result is known."""
+def test_async_nothing_is_scheduled_behind_the_end_of_a_fill(async_engine: Engine, num_before: int) -> None:
+    """If its token is taken back, a step behind it has a wrong input, and leaves wrong keys and values in the prompt's cache."""
     engine = async_engine
     request = engine.add("a")
     for _ in range(num_before):
@@ -344,18 +344,85 @@ def test_async_the_end_of_a_fill_is_repeated_with_nothing_in_flight(async_engine
         engine.scheduler.running.remove(request)
         engine.scheduler._preempt_request(request, 0.0)
     filled = request.num_tokens
+    engine.write(request, num_before, State.SETTLED)
+    for _ in range(3):
+        step = engine.schedule()
+        assert "a" in step.num_scheduled_tokens
+        assert request.num_computed_tokens == filled
+        assert "a" not in engine.schedule().num_scheduled_tokens
+        engine.finish(step, without=engine.take_back(request, num_before))
+    engine.finish(engine.schedule(), token=5)
+    assert engine.tokens["a"][num_before:] == [5]
+    engine.settle(request)
+    assert engine.schedule().num_scheduled_tokens == engine.schedule().num_scheduled_tokens == {"a": 1}, (
+        "the pipeline is full again"
+    )
+
+
+@pytest.mark.parametrize("async_engine", ["v1"], indirect=True)
+@pytest.mark.parametrize("answer_s", [STEP_S + 0.1, 10.0])
+def test_async_a_token_that_only_its_row_can_read_is_not_waited_for(async_engine: Engine, answer_s: float) -> None:
+    """Runner V1 asks by a token once the row is in a step again; left out for its answer it would be left out for ever."""
+    engine = async_engine
+    request = engine.add("a")
+    engine.add("plain", None)
+    engine.step()
+    engine.write(request, 0, State.SETTLED, 0.0, answer_s)
+    assert (request.num_output_tokens, request.num_output_placeholders) == (1, 0)
+    assert "a" in engine.step()
+
+
+@pytest.mark.parametrize("async_engine", ["v1"], indirect=True)
+def test_async_a_request_that_was_preempted_is_left_out_for_nothing_that_was_before(async_engine: Engine) -> None:
+    engine = async_engine
+    request = engine.add("a")
+    engine.step()
+    step = engine.schedule()
+    engine.take_back(request, 1)
+    engine.scheduler.running.remove(request)
+    engine.scheduler._preempt_request(request, 0.0)
+    engine.finish(step, token=99)
+    engine.board.take_back(engine.ticket(request), -1)
+    engine.settle(request)
     steps = [engine.schedule(), engine.schedule()]
-    ends = []  # positions computed by each step that is scheduled after the first was dropped
-    for _ in range(4):
-        engine.write(request, num_before, State.SETTLED)  # the answer comes as soon as it has been missed
-        while not steps[0].num_scheduled_tokens:
-            steps.pop(0)
-        engine.finish(steps.pop(0), without=engine.take_back(request, num_before))
-        steps.append(engine.schedule())
-        if steps[-1].num_scheduled_tokens:
-            ends.append(request.num_computed_tokens)
-    assert filled in ends
-    assert request.num_output_tokens == num_before
+    assert all("a" in step.num_scheduled_tokens for step in steps)
+
+
+@pytest.mark.parametrize("async_engine", ["v2"], indirect=True)
+@pytest.mark.parametrize("fusion", ["cloud", "edge"])
+def test_async_a_step_in_flight_that_waits_is_not_followed_by_another(async_engine: Engine, fusion: str) -> None:
+    """Else the pipeline never drains, and every step waits for an answer that is far off."""
+    engine = async_engine
+    request = engine.add("a", fusion)
+    engine.add("plain", None)
+    engine.finish(engine.schedule())
+    engine.settle(request)
+    steps = [engine.schedule()]
+    engine.write(request, 1, State.ASKED, 0.0, 0.5)
+    steps.append(engine.schedule())
+    assert [list(step.num_scheduled_tokens) for step in steps] == [["a", "plain"], ["plain"]]
+
+
+def test_an_answer_that_nobody_asks_for_is_not_waited_for_long(engine: Engine) -> None:
+    request = engine.add("a")
+    engine.add("plain", None)
+    engine.step()
+    engine.write(request, 0, State.SETTLED, 0.0, 10.0)
+    found = ["a" in engine.step() for _ in range(8)]
+    assert found[0] is False
+    assert sum(found) == 2
+    assert request.num_output_tokens == 3
+
+
+def test_children_that_share_their_parameters_have_tickets_of_their_own(engine: Engine) -> None:
+    """As in an engine within the client's process, for n > 1 without a seed."""
+    params = SamplingParams(max_tokens=5)
+    params.extra_args = {"costeer": to_extra_args(SteeringRequest("a", "laptop", Query(prompt="Hello?"), 1.0))}
+    requests = [Request(name, [1, 2, 3], params, None) for name in ("0_a", "1_a")]
+    for request in requests:
+        engine.scheduler.add_request(request)
+    assert len({engine.ticket(request) for request in requests}) == 2
+    assert "ticket" not in params.extra_args["costeer"]
 
 
 @pytest.mark.parametrize("async_engine", ["v1"], indirect=True)  # V2 repeats the position by itself

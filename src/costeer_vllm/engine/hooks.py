@@ -352,6 +352,7 @@ def _sample_v2(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: 
         rows = slots.take_taken_back(num_sampled.device)
         # As of a rejected draft: nothing was sampled, and the last position is computed again.
         num_sampled, num_rejected = num_sampled.index_fill(0, rows, 0), num_rejected.index_fill(0, rows, 1)
+        output.num_sampled, output.num_rejected = num_sampled, num_rejected
     return output, num_sampled, num_rejected
 
 

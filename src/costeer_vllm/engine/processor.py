@@ -170,6 +170,7 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Take the slot's new occupant if it asks for steering; False lets the runner skip ``apply`` altogether."""
         self._vacate(req_idx)
+        self._advance_slots()  # before the stream of a request that comes back is brought to its tokens
         request = _steering_request_or_none(sampling_params)
         if request is None:
             return False

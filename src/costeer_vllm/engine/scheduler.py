@@ -8,7 +8,9 @@ Leaving out a decoding request is what vLLM's own DiffusionScheduler does (``nex
 token what it does for a rejected draft: one computed token less, one placeholder less.
 """
 
+import copy
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -25,6 +27,8 @@ from costeer_vllm.engine.hooks import NAME
 from costeer_vllm.engine.pace import limit_s, wait_s
 from costeer_vllm.request import with_ticket
 
+MAX_UNASKED = 3  # steps: an answer that nobody asks for never comes, whatever we have misunderstood
+
 T = TypeVar("T")
 
 logger = logging.getLogger("vllm.costeer")  # below vLLM's own logger: its handlers, its level
@@ -33,11 +37,12 @@ logger = logging.getLogger("vllm.costeer")  # below vLLM's own logger: its handl
 class _Steered:
     """What the scheduler remembers of a steered request."""
 
-    __slots__ = ("counts", "filled", "fusion", "garbage", "leave_out", "request", "ticket")
+    __slots__ = ("counts", "filled", "fusion", "garbage", "leave_out", "num_unasked", "request", "ticket")
 
     def __init__(self, request: Request, ticket: int, fusion: str) -> None:
         self.request, self.ticket, self.fusion = request, ticket, fusion
-        self.leave_out = False  # of the next step, whatever the board says: see _roll_back
+        self.leave_out = False  # of the next step, whatever the board says: runner V1 then forgets the token that was dropped
+        self.num_unasked = 0  # steps in a row that it was left out of for an answer that nobody has asked for yet
         self.filled = 0  # output tokens it had when its cache was filled last
         self.garbage = False  # runner V1: the steps in flight were fed a dropped token
         self.counts = True  # its newest dropped token is among the computed ones
@@ -48,6 +53,7 @@ class _Holding(Scheduler):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._is_async = isinstance(self, AsyncScheduler)
         self._board = open_board(self.vllm_config)
         remove_board(self.vllm_config)  # the workers, who have it open, were started before
         self._tickets = None if self._board is None else Tickets(self._board)
@@ -61,6 +67,8 @@ class _Holding(Scheduler):  # type: ignore[misc]
         asked = (params.extra_args or {}).get(NAME) if params is not None else None
         if isinstance(asked, dict) and self._tickets is not None and request.request_id not in self.requests:
             ticket = self._tickets.issue()
+            # A copy: in an engine within the client's process the children of one request share their parameters.
+            request.sampling_params = params = copy.copy(params)
             params.extra_args = {**params.extra_args, NAME: with_ticket(asked, ticket)}
             if ticket is None:
                 self._unheld.append(request)
@@ -112,12 +120,13 @@ class _Holding(Scheduler):  # type: ignore[misc]
         return super()._free_request(request, *args, **kwargs)
 
     def _guarded(self, work: Callable[[], Iterable[T]]) -> list[T]:
-        """What ``work`` finds; nothing if it fails, for an exception would end the engine: the step then goes vLLM's own way."""
+        """What ``work`` finds until it fails, for an exception would end the engine: the step then goes vLLM's own way."""
+        found: list[T] = []
         try:
-            return list(work())
+            found.extend(work())  # of a generator that raises, what it gave before stays
         except Exception:
             logger.exception("the scheduler goes on without what it knows of steered requests")
-            return []
+        return found
 
     # --- before a step
 
@@ -130,6 +139,7 @@ class _Holding(Scheduler):  # type: ignore[misc]
             steered = self._steered[request.request_id]
             if wait > limit or steered.leave_out:
                 steered.leave_out = False
+                steered.num_unasked += self._board.rows[steered.ticket % ROWS]["position"] != _position(request)
                 yield request
 
     def _decoding(self) -> Iterable[tuple[Request, _Steered]]:
@@ -143,17 +153,24 @@ class _Holding(Scheduler):  # type: ignore[misc]
         assert self._board is not None
         row = self._board.rows[steered.ticket % ROWS]
         request, state = steered.request, int(row["state"])
-        position = request.num_output_tokens + request.num_output_placeholders
+        position = _position(request)
         now, step_s = time.monotonic(), self._board.step_s
+        if self.use_v2_model_runner and request.num_in_flight_tokens and request.num_output_tokens == steered.filled:
+            return math.inf  # behind the end of a fill, whose token may be taken back: see slots.py
         if row["ticket"] != steered.ticket:  # the processor has not seen it yet
             return 0.0
         if state == State.FAILED:
-            return float("inf")
-        if row["position"] == position and state == State.ASKED:
+            return math.inf
+        # On Model Runner V2 a step in flight may stand at the same position once more, if it is taken back.
+        is_at = bool(row["position"] == position)
+        is_open = is_at or (self.use_v2_model_runner and row["position"] == request.num_output_tokens)
+        if is_open and state == State.ASKED:
             return wait_s(float(row["asked_at"]), float(row["answer_s"]), now, step_s)
-        is_asked_first = steered.fusion == "cloud" and (self.use_v2_model_runner or not request.num_output_placeholders)
-        if row["position"] == position or not is_asked_first:
-            return 0.0  # its answer is there; or it is asked only in the course of the step
+        # Runner V1 with steps in flight asks in the course of a step, by a token that only the row itself can read.
+        is_asked_first = steered.fusion == "cloud" and (self.use_v2_model_runner or not self._is_async)
+        if is_at or not is_asked_first or steered.num_unasked >= MAX_UNASKED:
+            steered.num_unasked = 0
+            return 0.0
         return wait_s(None, float(row["answer_s"]), now, step_s)
 
     # --- after a step
@@ -182,17 +199,10 @@ class _Holding(Scheduler):  # type: ignore[misc]
         return bool(row["ticket"] == steered.ticket and row["taken_back"] == steered.request.num_output_tokens)
 
     def _roll_back(self, steered: _Steered) -> None:
-        """Let the position be computed again: in the next step or, with ``leave_out``, in the one after it.
-
-        Runner V1 forgets the dropped token once it has seen a step without the request. Model Runner V2 repeats by itself, save
-        for the token that ends a fill: a step in flight behind it is worth nothing (see slots.py), and one scheduled on top of
-        that would again be behind it, for ever.
-        """
-        request, in_flight = steered.request, steered.request.num_in_flight_tokens > 0
+        request = steered.request
         if not self.use_v2_model_runner:
-            steered.leave_out, steered.garbage = True, in_flight
-        elif request.num_output_tokens == steered.filled:
-            steered.leave_out = in_flight
+            steered.leave_out = request.status == RequestStatus.RUNNING  # else it is out already
+            steered.garbage = steered.counts and request.num_in_flight_tokens > 0
         if steered.counts and request.status == RequestStatus.RUNNING:
             request.num_computed_tokens -= 1
             request.num_output_placeholders = max(0, request.num_output_placeholders - 1)
@@ -212,6 +222,11 @@ class _Holding(Scheduler):  # type: ignore[misc]
         self._unheld = []
         ended = self.finish_requests(list(why), RequestStatus.FINISHED_ERROR) if why else []
         return [(request, why[request.request_id]) for request in ended]
+
+
+def _position(request: Request) -> int:
+    """Of the token that the next step chooses."""
+    return int(request.num_output_tokens + request.num_output_placeholders)
 
 
 class HoldingScheduler(_Holding):

@@ -50,7 +50,8 @@ class Slots:
         """Logits row -> stream, for the rows whose token will be kept: a chunk of an unfinished prefill chooses none.
 
         A stale row was scheduled behind the end of a prefill before it was known that the prefill's token is taken back: the
-        runner has not prepared its input anew, so its token is worth nothing, either.
+        runner has not prepared its input anew, so its token is worth nothing, either, and what it writes to the cache is wrong
+        until the end of the prefill is repeated. The scheduler puts no step there; this is for the case that it fails to.
         """
         rows, self.stale_rows = {}, {}
         for row, slot in enumerate(ctx.idx_mapping_np.tolist()):
@@ -58,7 +59,7 @@ class Slots:
             if stream is None:
                 continue
             length, filled = int(ctx.seq_lens_upper_bound_np[row]), int(self._prefill_len[slot])
-            if length > filled == int(self._prompt_len[slot]) + stream.position:
+            if stream.taken_back and length > filled == int(self._prompt_len[slot]) + stream.position:
                 self.stale_rows[row] = stream
             elif length >= filled:
                 rows[row] = stream

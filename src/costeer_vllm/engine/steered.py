@@ -71,6 +71,11 @@ class SteeredStream:
         allowed_s = self.request.deadline_ms / 1000
         return self.waits_since + (allowed_s if self.request.ticket is not None else min(allowed_s, MAX_STALL_S))
 
+    @property
+    def may_begin_again(self) -> bool:
+        """Whether it is worth asking an edge worker, or a hub, that is back."""
+        return self.failure is None and (self.closed_by is None or self.closed_by.reason != "refused")
+
     def state(self, now: float) -> State:
         """Of the current position."""
         if self.failure is not None:

@@ -213,7 +213,7 @@ class StreamTable:
         self._receive(0.0)
         start = now = time.monotonic()
         soonest = start if in_company else None  # when the first row of the step was ready
-        while open_ones := [stream for stream in streams if stream.state(now) is State.ASKED]:
+        while open_ones := [stream for stream in streams if stream.state(now) is State.ASKED and not self._is_over(stream)]:
             if soonest is None and len(open_ones) < len(streams):
                 soonest = now
             until = start + PATIENCE_S if soonest is None else soonest + grace_s(self.step_s)
@@ -231,8 +231,16 @@ class StreamTable:
         ticket = stream.request.ticket
         return self._board is not None and ticket is not None and self._board.is_live(ticket)
 
+    def _is_over(self, stream: SteeredStream) -> bool:
+        """Whether the scheduler ended the request while the step was under way: nobody will see this token."""
+        ticket = stream.request.ticket
+        return self._board is not None and ticket is not None and not self._board.is_live(ticket)
+
     def _decide(self, stream: SteeredStream, now: float) -> None:
         """What the step does with a stream's row: steer it, leave it unsteered, or take its token back."""
+        if self._is_over(stream):
+            stream.taken_back, stream.undecided = True, None
+            return
         is_open = stream.state(now) in (State.ASKED, State.FAILED)  # a row without a distribution is shown to nobody
         if is_open and self._can_hold(stream) and self._link is not None:
             self.take_back(stream)
@@ -313,7 +321,7 @@ class StreamTable:
                     stream.again_at = time.monotonic() + (_ASK_AGAIN_S if message.reason == "detached" else _REOPEN_S)
                     self._post(stream)
             case Reattached(stream=name):
-                if (stream := self._streams.get(name)) is not None and stream.closed_by is not None and stream.failure is None:
+                if (stream := self._streams.get(name)) is not None and stream.closed_by is not None and stream.may_begin_again:
                     stream.silent = False
                     self._reopen(stream)
             case Refused(code="join"):
@@ -331,7 +339,7 @@ class StreamTable:
         self._joined_at = time.monotonic()
         self._link.join()
         for stream in self._streams.values():
-            if stream.failure is None:
+            if stream.may_begin_again:
                 self._reopen(stream)
 
     def _take(self, message: Delta | Choice) -> None:
