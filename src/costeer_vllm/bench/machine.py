@@ -60,7 +60,8 @@ def keep_off(pid: int, cores: Cores) -> None:
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):
             if others and os.sched_getaffinity(each) != {cores.large}:  # the worker has moved there itself
                 for task in Path(f"/proc/{each}/task").iterdir():
-                    os.sched_setaffinity(int(task.name), others)
+                    with contextlib.suppress(ProcessLookupError):  # a thread that has ended in the meantime
+                        os.sched_setaffinity(int(task.name), others)
 
 
 def _descendants(pid: int) -> list[int]:

@@ -27,7 +27,7 @@ def draw(figures: Sequence[Figure], folder: Path) -> None:
 
 
 def check() -> None:
-    """Before hours are spent on figures that cannot be drawn.
+    """Before all that time is spent on figures that cannot be drawn.
 
     Raises:
         Unsupported: if matplotlib is not there.
