@@ -134,9 +134,7 @@ class Ahead:
                     continue
                 if child is None and self._num_ids(longer) <= max_ids:
                     best, most = longer, value
-                elif child is None:
-                    continue
-                elif len(longer) < reach:
+                elif child is not None and len(longer) < reach:
                     open_paths.append((child, longer, value))
         return best
 

@@ -315,8 +315,7 @@ class SmallModel:
         self._open.discard(pair)
         for row in pair.rows:
             self._release(row.index)
-        for row in pair.rows:
-            self._arena.zero(row.index)
+        self.wipe(pair)
 
     @torch.inference_mode()
     def wipe(self, pair: Pair) -> None:

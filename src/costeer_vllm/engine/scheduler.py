@@ -80,10 +80,10 @@ class _Holding(Scheduler):  # type: ignore[misc]
         """A step without the requests that it cannot afford to wait for."""
         if not self._steered:
             return super().schedule(throttle_prefills)
-        for request in self._guarded(self._left_out):
+        decoding = self._decoding()
+        for request in self._guarded(lambda: self._left_out(decoding)):
             # schedule() counts current_step up before it compares.
             request.next_decode_eligible_step = max(request.next_decode_eligible_step, self.current_step + 2)
-        decoding = {steered for _, steered in self._decoding()}
         output = super().schedule(throttle_prefills)
         steps = (self._steered.get(request_id) for request_id in output.num_scheduled_tokens)
         sampling = [steered for steered in steps if steered and not steered.request.is_prefill_chunk]
@@ -130,23 +130,20 @@ class _Holding(Scheduler):  # type: ignore[misc]
 
     # --- before a step
 
-    def _left_out(self) -> Iterable[Request]:
+    def _left_out(self, decoding: Iterable[_Steered]) -> Iterable[Request]:
         assert self._board is not None
-        waits = {request: self._wait(steered) for request, steered in self._decoding()}
+        waits = {steered: self._wait(steered) for steered in decoding}
         others = len(self.running) > len(waits) or bool(self.waiting)
         limit = limit_s([0.0, *waits.values()] if others else list(waits.values()), self._board.step_s)
-        for request, wait in waits.items():
-            steered = self._steered[request.request_id]
+        for steered, wait in waits.items():
             if wait > limit or steered.leave_out:
                 steered.leave_out = False
-                steered.num_unasked += self._board.rows[steered.ticket % ROWS]["position"] != _position(request)
-                yield request
+                steered.num_unasked += self._board.rows[steered.ticket % ROWS]["position"] != _position(steered.request)
+                yield steered.request
 
-    def _decoding(self) -> Iterable[tuple[Request, _Steered]]:
-        for request in self.running:
-            steered = self._steered.get(request.request_id)
-            if steered is not None and not request.is_prefill_chunk:
-                yield request, steered
+    def _decoding(self) -> set[_Steered]:
+        running = (self._steered.get(request.request_id) for request in self.running)
+        return {steered for steered in running if steered is not None and not steered.request.is_prefill_chunk}
 
     def _wait(self, steered: _Steered) -> float:
         """W of a request, as pace.py defines it."""

@@ -213,13 +213,15 @@ class StreamTable:
         self._receive(0.0)
         start = now = time.monotonic()
         soonest = start if in_company else None  # when the first row of the step was ready
-        while open_ones := [stream for stream in streams if stream.state(now) is State.ASKED and not self._is_over(stream)]:
+        while open_ones := [
+            stream for stream in streams if stream.state(now) is State.ASKED and self._is_live(stream) is not False
+        ]:
             if soonest is None and len(open_ones) < len(streams):
                 soonest = now
             until = start + PATIENCE_S if soonest is None else soonest + grace_s(self.step_s)
-            stalled = [stream.deadline for stream in open_ones if not self._can_hold(stream)]
+            stalled = [stream.deadline for stream in open_ones if self._is_live(stream) is None]
             until = max([until, *stalled])
-            held = [stream.deadline for stream in open_ones if self._can_hold(stream)]
+            held = [stream.deadline for stream in open_ones if self._is_live(stream)]
             if held and not stalled:
                 until = min(until, max(held))
             if now >= until:
@@ -227,22 +229,18 @@ class StreamTable:
             self._receive(until - now)
             now = time.monotonic()
 
-    def _can_hold(self, stream: SteeredStream) -> bool:
+    def _is_live(self, stream: SteeredStream) -> bool | None:
+        """Whether the scheduler still has the request, which can then be held; None if it does not tell: there is no ticket."""
         ticket = stream.request.ticket
-        return self._board is not None and ticket is not None and self._board.is_live(ticket)
-
-    def _is_over(self, stream: SteeredStream) -> bool:
-        """Whether the scheduler ended the request while the step was under way: nobody will see this token."""
-        ticket = stream.request.ticket
-        return self._board is not None and ticket is not None and not self._board.is_live(ticket)
+        return None if self._board is None or ticket is None else self._board.is_live(ticket)
 
     def _decide(self, stream: SteeredStream, now: float) -> None:
         """What the step does with a stream's row: steer it, leave it unsteered, or take its token back."""
-        if self._is_over(stream):
+        if self._is_live(stream) is False:  # ended while the step was under way: nobody will see this token
             stream.taken_back, stream.undecided = True, None
             return
         is_open = stream.state(now) in (State.ASKED, State.FAILED)  # a row without a distribution is shown to nobody
-        if is_open and self._can_hold(stream) and self._link is not None:
+        if is_open and self._is_live(stream) and self._link is not None:
             self.take_back(stream)
             return
         stream.taken_back, stream.undecided = False, stream.answer is not None
