@@ -237,12 +237,17 @@ class System:
         command = [*OWN_SESSION, sys.executable, "-m", "costeer_vllm.cli", "serve", str(self.pair / "large")]
         command += ["--host", "127.0.0.1", "--port", str(self.server_port), *SERVER_OPTIONS]
         environment = {**RUNNERS["v1"], "HF_HUB_OFFLINE": "1", "COSTEER_HUB": f"127.0.0.1:{self.hub_port}"}
+        environment["VLLM_SERVER_DEV_MODE"] = "1"  # for /pause
         try:
             with running(command, folder / "server.log", environment) as server:
                 yield server
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(server.process.pid, signal.SIGKILL)  # a front end that was killed leaves its engine behind
+
+    def tell_server(self, what: str) -> None:
+        """One of vLLM's routes for whoever runs it."""
+        httpx.post(f"http://127.0.0.1:{self.server_port}/{what}", trust_env=False, timeout=PATIENCE_S).raise_for_status()
 
     # requests
 
@@ -352,6 +357,14 @@ def test_one_ends_in_the_middle_of_answers(system: System, name: Component, sign
     system.ask_all()
     system.start(name)
     system.await_ready(name)
+    system.await_steering()
+
+
+def test_a_server_gives_up_what_it_answers(system: System) -> None:
+    """As on SIGTERM, where it depends on the moment whether the short answers still get out."""
+    with system.answers_under_way("server"):
+        system.tell_server("pause?mode=abort")
+    system.tell_server("resume")
     system.await_steering()
 
 

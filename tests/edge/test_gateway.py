@@ -594,6 +594,43 @@ def test_a_stream_that_breaks_off_ends_with_an_error_event(tmp_path: Path, coste
     run(main())
 
 
+@pytest.mark.parametrize("costeer", [{}, False])
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_an_answer_that_the_server_gave_up_does_not_look_finished(tmp_path: Path, is_streamed: bool, costeer: Any) -> None:
+    """vLLM on SIGTERM, or paused: 200, a short answer, its usage, and a reason that no client of OpenAI's knows."""
+    choices = [{"index": 0, "finish_reason": "stop"}, {"index": 1, "finish_reason": "abort"}]
+
+    async def script(call: Call) -> None:
+        if not is_streamed:
+            return await call.answer(json.dumps({**CHUNK, "choices": choices}).encode())
+        await call.start_events()
+        await call.chunk(*sse(CHUNK, {**CHUNK, "choices": choices}, "[DONE]"))
+        await call.chunk(b"")
+
+    async def main() -> None:
+        async with device(tmp_path) as at:
+            at.server.script = script
+            answer = await at.chat(stream=is_streamed, costeer=costeer)
+            assert answer.status_code == (200 if is_streamed else 502)
+            *chunks, error = [event.removeprefix(b"data: ") for event in answer.content.split(b"\n\n") if event]
+            assert [json.loads(chunk) for chunk in chunks] == ([CHUNK] if is_streamed else [])
+            assert json.loads(error)["error"]["code"] == "server_broke_off"
+
+    run(main())
+
+
+@pytest.mark.parametrize("said", ['the "abort" key', '{"choices": [{"finish_reason": "abort"}]}'])
+def test_an_answer_may_speak_of_an_abort(tmp_path: Path, said: str) -> None:
+    body = json.dumps({"choices": [{"finish_reason": "stop", "message": {"content": said}}], "x": ["abort"]}).encode()
+
+    async def main() -> None:
+        async with device(tmp_path) as at:
+            at.server.script = lambda call: call.answer(body)  # type: ignore[misc]
+            assert (await at.chat(costeer=False)).content == body
+
+    run(main())
+
+
 def test_a_stream_that_breaks_off_behind_its_end_is_whole(tmp_path: Path) -> None:
     async def main() -> None:
         async with device(tmp_path, patience=replace(QUICK, answer_s=0.2)) as at:

@@ -114,6 +114,27 @@ class Events:
         return taken
 
 
+class _Choice(msgspec.Struct):
+    finish_reason: Any = None
+
+
+class _Answer(msgspec.Struct):
+    choices: list[_Choice] = []
+
+
+def is_broken_off(data: bytes) -> bool:
+    """Whether a choice of this answer, or chunk of one, ends with "abort": vLLM's word for what it gave up, as on SIGTERM.
+
+    No client of OpenAI's knows the word, so that a short answer would look finished.
+    """
+    if b'"abort"' not in data:
+        return False
+    try:
+        return any(choice.finish_reason == "abort" for choice in msgspec.json.decode(data, type=_Answer).choices)
+    except UNREADABLE:
+        return False
+
+
 def is_done(event: bytes) -> bool:
     """Whether this is the event that ends OpenAI's streams."""
     return b"[DONE]" in event and event_data(event).strip() == b"[DONE]"

@@ -26,6 +26,7 @@ from costeer_vllm.edge.answers import (
     costeer_event,
     costeer_object,
     event_data,
+    is_broken_off,
     is_done,
     with_costeer,
 )
@@ -42,6 +43,7 @@ MAX_BODY_BYTES = 16 * 2**20
 MAX_BODIES_BYTES = 64 * 2**20  # of all requests that are being read or answered
 MAX_BYTES_PARSED_HERE = 2**20  # longer ones are parsed in a thread, so that other answers go on
 PART_BYTES = 64 * 2**10  # of an answer, which an app must take in time
+GAVE_UP = "the server gave this request up before its answer was whole: is it ending or paused?"
 
 Costeer: TypeAlias = Callable[[], Awaitable[dict[str, Any]]]  # the answer's costeer object, once its counts are known
 
@@ -188,6 +190,8 @@ class Completions:
                 await self._relay_events(response, reply, costeer)
                 return
             whole = await upstream.read(response)
+        if response.is_success and is_broken_off(whole):
+            raise GatewayError(502, "server_broke_off", GAVE_UP)
         if costeer is not None and response.is_success:
             whole = with_costeer(whole, await costeer())
         await reply.whole(response.status_code, passed_down(response), whole)
@@ -201,6 +205,8 @@ class Completions:
             first = first or event_data(event)
             if is_done(event):
                 break
+            if is_broken_off(event_data(event)):
+                raise GatewayError(502, "server_broke_off", GAVE_UP)
             await reply.send(event)
         else:
             event = events.end()
