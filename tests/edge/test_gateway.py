@@ -601,11 +601,11 @@ def test_an_answer_that_the_server_gave_up_does_not_look_finished(tmp_path: Path
     choices = [{"index": 0, "finish_reason": "stop"}, {"index": 1, "finish_reason": "abort"}]
 
     async def script(call: Call) -> None:
-        if not is_streamed:
-            return await call.answer(json.dumps({**CHUNK, "choices": choices}).encode())
-        await call.start_events()
-        await call.chunk(*sse(CHUNK, {**CHUNK, "choices": choices}, "[DONE]"))
-        await call.chunk(b"")
+        if is_streamed:
+            await call.start_events()
+            await call.chunk(*sse(CHUNK, {**CHUNK, "choices": choices}, "[DONE]"), b"")
+        else:
+            await call.answer(json.dumps({**CHUNK, "choices": choices}).encode())
 
     async def main() -> None:
         async with device(tmp_path) as at:
