@@ -107,6 +107,18 @@ def test_the_scheduler_sees_a_question_and_its_answer(engine: Engine) -> None:
     assert engine.row(stream)["asked_at"] == stream.asked_at
 
 
+def test_a_table_without_a_link_writes_nothing(tmp_path: Path) -> None:
+    """By which the scheduler sees, and fails, what this engine does not steer; other ranks than the first write nothing."""
+    board = Board(tmp_path / "board")
+    request = SteeringRequest("r", "laptop", Query(prompt="Hi"), 1.5, ticket=Tickets(board).issue())
+    table = StreamTable(None, VOCAB, board)
+    stream = table.begin(request, [], frozenset())
+    table.look_after()
+    table.collect([stream])
+    table.advance(stream, [3])
+    assert not board.rows["ticket"].any()
+
+
 def test_answer_times_are_those_of_next_tokens_and_of_the_worker(engine: Engine) -> None:
     first = engine.begin()
     engine.hear(answer_to(first))

@@ -793,7 +793,7 @@ def test_without_the_address_of_a_hub_tokens_are_missed_and_told(
     tokens.append(1)
     processor.update_state(None)
     assert torch.equal(steer(processor, 1), torch.zeros(1, VOCAB))
-    assert "no token of a steered request will be steered" in log.text
+    assert "every steered request will fail" in log.text
     stream = processor._rows[0].stream
     assert (stream.steered, stream.missed, stream.undecided) == (0, 1, False)
 

@@ -19,7 +19,7 @@ from costeer_vllm.demo.export import export
 from costeer_vllm.engine import settings
 from costeer_vllm.engine.board import ROWS, Board, State, open_board
 from costeer_vllm.engine.pace import MIN_GRACE_S
-from costeer_vllm.engine.scheduler import HoldingAsyncScheduler, HoldingScheduler
+from costeer_vllm.engine.scheduler import UNKNOWN, HoldingAsyncScheduler, HoldingScheduler
 from costeer_vllm.protocol.messages import Query
 from costeer_vllm.request import SteeringRequest, to_extra_args
 
@@ -67,9 +67,15 @@ class Engine:
     def schedule(self) -> SchedulerOutput:
         return self.scheduler.schedule()
 
-    def finish(self, step: SchedulerOutput, token: int = 7, without: tuple[str, ...] = ()) -> None:
-        """The step's result: ``token`` for every row, none for those in ``without`` (Model Runner V2)."""
+    def finish(self, step: SchedulerOutput, token: int = 7, without: tuple[str, ...] = (), is_seen: bool = True) -> None:
+        """The step's result: ``token`` for every row, none for those in ``without`` (Model Runner V2).
+
+        ``is_seen``: the processor has begun to steer those who are to be steered, as it does before their first token.
+        """
         names = list(step.num_scheduled_tokens)
+        for steered in self.scheduler._steered.values() if is_seen else ():
+            if self.board.rows["ticket"][steered.ticket % ROWS] != steered.ticket:
+                self.board.write(steered.ticket, 0, State.UNASKED)
         sampled = [[] if name in without else [token] for name in names]
         output = EMPTY_MODEL_RUNNER_OUTPUT
         if names:
@@ -265,6 +271,16 @@ def test_a_held_request_can_be_aborted(engine: Engine) -> None:
     engine.scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
     assert not engine.board.is_live(engine.ticket(request))
     assert engine.step() == []
+
+
+def test_a_request_that_the_processor_does_not_know_never_answers_plainly(engine: Engine) -> None:
+    for fusion in ("cloud", "edge"):
+        engine.add(fusion, fusion, max_tokens=1)
+    engine.add("plain", None)
+    engine.finish(engine.schedule(), is_seen=False)
+    assert engine.ended == dict.fromkeys(("cloud", "edge"), (FinishReason.ERROR, UNKNOWN))
+    assert engine.tokens == {"cloud": [], "edge": [], "plain": [7]}
+    assert engine.step() == ["plain"]
 
 
 def test_what_stands_on_the_board_of_a_former_request_is_not_believed(engine: Engine) -> None:
@@ -493,7 +509,7 @@ def test_where_there_is_no_ticket_left_a_request_fails_with_a_sentence(engine: E
 def test_a_bug_in_what_we_add_leaves_the_engine_alive(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     request = engine.add("a")
     monkeypatch.setattr(engine.scheduler, "_wait", lambda steered: 1 / 0)
-    monkeypatch.setattr(engine.scheduler, "_fail", lambda: 1 / 0)
+    monkeypatch.setattr(engine.scheduler, "_fail", lambda sampling: 1 / 0)
     assert engine.step() == ["a"]
     assert engine.step() == ["a"]
     assert request.num_output_tokens == 2

@@ -308,7 +308,7 @@ def _hub_link() -> HubLink | None:
     try:
         return HubLink(settings.hub_endpoint(), settings.attach_key())
     except (HubUnavailable, zmq.ZMQError) as error:
-        logger.error("no token of a steered request will be steered: %s", error)
+        logger.error("every steered request will fail: %s", error)
         return None
 
 

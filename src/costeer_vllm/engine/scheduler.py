@@ -27,6 +27,7 @@ from costeer_vllm.engine.hooks import NAME
 from costeer_vllm.engine.pace import limit_s, wait_s
 from costeer_vllm.request import with_ticket
 
+UNKNOWN = "costeer: this engine could not begin to steer the request: its log says why"
 MAX_UNASKED = 3  # steps: an answer that nobody asks for never comes, whatever we have misunderstood
 
 T = TypeVar("T")
@@ -95,8 +96,8 @@ class _Holding(Scheduler):  # type: ignore[misc]
 
     def update_from_output(self, scheduler_output: SchedulerOutput, output: ModelRunnerOutput) -> dict[int, EngineCoreOutputs]:
         """Drop the tokens that the processor takes back, and end with an error what must fail."""
-        failed = self._guarded(self._fail)
         _, sampling = self._sampling.pop(id(scheduler_output), (None, []))
+        failed = self._guarded(lambda: self._fail(sampling))
         taken_back = self._guarded(lambda: self._take_back(sampling, output))
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, output)
         for steered in taken_back:
@@ -204,8 +205,8 @@ class _Holding(Scheduler):  # type: ignore[misc]
             request.num_computed_tokens -= 1
             request.num_output_placeholders = max(0, request.num_output_placeholders - 1)
 
-    def _fail(self) -> list[tuple[Request, str]]:
-        """The requests that must fail, ended, and why."""
+    def _fail(self, sampling: Iterable[_Steered]) -> list[tuple[Request, str]]:
+        """The requests that must fail, ended, and why; ``sampling``: those that got a token in this step."""
         if not self._steered and not self._unheld:
             return []
         assert self._board is not None
@@ -214,6 +215,11 @@ class _Holding(Scheduler):  # type: ignore[misc]
             request_id: bytes(rows["sentence"][steered.ticket % ROWS]).decode(errors="ignore")
             for request_id, steered in self._steered.items()
             if rows["state"][steered.ticket % ROWS] == State.FAILED and rows["ticket"][steered.ticket % ROWS] == steered.ticket
+        }
+        why |= {
+            steered.request.request_id: UNKNOWN
+            for steered in sampling
+            if rows["ticket"][steered.ticket % ROWS] != steered.ticket and not steered.request.is_finished()
         }
         why |= {request.request_id: f"costeer: this engine already has {ROWS} steered requests" for request in self._unheld}
         self._unheld = []
