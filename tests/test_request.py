@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections import UserDict
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -408,6 +410,9 @@ def test_round_trip(**fields: Any) -> None:
 )
 def test_what_admission_cannot_have_made_is_refused(change: dict[Any, Any]) -> None:
     parse_admitted(PLAIN)
+    for other in (UserDict(PLAIN), MappingProxyType(PLAIN), parse_admitted(PLAIN)):
+        with pytest.raises(InvalidParameter, match="what to_extra_args makes"):
+            parse_admitted(other)
     with pytest.raises(InvalidParameter) as caught:
         parse_admitted({**PLAIN, **change})
     assert len(str(caught.value)) < 400

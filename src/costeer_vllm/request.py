@@ -121,6 +121,8 @@ def parse_admitted(value: object) -> SteeringRequest:
     Raises:
         InvalidParameter: if it is not exactly what admission produces.
     """
+    if not isinstance(value, dict):  # msgspec takes other mappings, too, and the scheduler no other
+        raise InvalidParameter("extra_args.costeer", type(value).__name__, "what to_extra_args makes")
     try:
         admitted = msgspec.convert(value, SteeringRequest)
         query_bytes = len(encode(admitted.query))

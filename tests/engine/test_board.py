@@ -1,6 +1,8 @@
 """The board, by which the scheduler's process and the worker's know of each other."""
 
+import errno
 import multiprocessing
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ from vllm.config import ParallelConfig
 
 from costeer_vllm.engine import settings
 from costeer_vllm.engine.board import ROWS, SENTENCE_BYTES, Board, State, Tickets, new_path, open_board, remove_board
+from costeer_vllm.errors import Unsupported
 
 
 @pytest.fixture
@@ -103,6 +106,21 @@ def test_a_row_never_shows_the_former_occupants_failure_under_a_new_ticket(board
         board.fail(int(rows[3]["ticket"]), "costeer: former")
     assert seen
     assert all(state != State.FAILED for ticket, state in seen if ticket != 3)
+
+
+def test_memory_that_cannot_be_had_is_told_at_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(Unsupported, match=r"shared memory cannot be had \(No space left on device\): give /dev/shm more"):
+        Board(tmp_path / "board")
+
+
+def test_a_board_takes_its_memory_at_once(tmp_path: Path) -> None:
+    Board(tmp_path / "board")
+    found = (tmp_path / "board").stat()
+    assert found.st_blocks * 512 >= found.st_size > ROWS * SENTENCE_BYTES
 
 
 def test_each_engine_has_a_board_of_its_own_that_leaves_no_file(monkeypatch: pytest.MonkeyPatch) -> None:

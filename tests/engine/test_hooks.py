@@ -1,14 +1,18 @@
 """The patches of vLLM as far as they run without a server: what they recognise, refuse, hide, and how they fail."""
 
+import asyncio
 import os
+from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.exceptions import RetryableRequestError
+from vllm.sampling_params import SamplingParams
 
 from costeer_vllm.engine import hooks
-from costeer_vllm.engine.hooks import PROCESSOR, Granted, _check_supported, _log_request_body, _resolve
+from costeer_vllm.engine.hooks import PROCESSOR, Granted, _check_supported, _generate, _log_request_body, _resolve
 from costeer_vllm.engine.processor import CoSteerLogitsProcessor
 from costeer_vllm.errors import Unsupported
 
@@ -33,13 +37,16 @@ def test_the_short_name_stands_for_one_processor(processors: Any, resolved: list
 
 
 def vllm_config(**changes: Any) -> Any:
-    usual = {"speculative": None, "runner": "generate", "pipeline": 1, "sharded": False, "scheduler": None, "state": False}
+    usual = {"speculative": None, "runner": "generate", "pipeline": 1, "sharded": False, "scheduler": None, "state": False,
+             "launcher": "mp"}  # fmt: skip
     values: dict[str, Any] = {**usual, **changes}
     return SimpleNamespace(
         speculative_config=values["speculative"],
         model_config=SimpleNamespace(runner_type=values["runner"], has_inner_state=values["state"]),
         parallel_config=SimpleNamespace(
-            pipeline_parallel_size=values["pipeline"], enable_batch_sharded_sampling=values["sharded"]
+            pipeline_parallel_size=values["pipeline"],
+            enable_batch_sharded_sampling=values["sharded"],
+            distributed_executor_backend=values["launcher"],
         ),
         scheduler_config=SimpleNamespace(scheduler_cls=values["scheduler"]),
     )
@@ -53,6 +60,7 @@ def vllm_config(**changes: Any) -> Any:
         ({"pipeline": 2}, "pipeline parallelism"),
         ({"state": True}, "a model with a state beside its KV cache"),
         ({"sharded": True}, "batch-sharded sampling"),
+        ({"launcher": "external_launcher"}, r"a scheduler in every rank \(external_launcher\)"),
         ({"scheduler": "my.own.Scheduler"}, r"a scheduler of one's own \(--scheduler-cls\)"),
     ],
 )
@@ -73,6 +81,36 @@ def test_the_rust_front_end_is_refused_at_start(monkeypatch: pytest.MonkeyPatch)
 
 def chat(costeer: Any) -> ChatCompletionRequest:
     return ChatCompletionRequest.model_validate({"messages": [], "model": "m", "costeer": costeer})
+
+
+@pytest.mark.parametrize(
+    ("finish_reason", "stop_reason", "sentence"),
+    [
+        ("error", "costeer: edge worker 'laptop', token 3: it is gone", "costeer: edge worker 'laptop', token 3: it is gone"),
+        ("abort", None, "costeer: the server gave this request up"),
+        ("stop", "costeer: a stop string of one's own", None),
+        ("error", "another's", None),
+        (None, None, None),
+    ],
+)
+def test_what_ends_a_steered_request_early_is_raised(finish_reason: Any, stop_reason: Any, sentence: str | None) -> None:
+    """Before any route makes of it what it can: of a tool call that was whole already, a finished answer."""
+    output = SimpleNamespace(outputs=[SimpleNamespace(finish_reason="stop", stop_reason=None),
+                                      SimpleNamespace(finish_reason=finish_reason, stop_reason=stop_reason)])  # fmt: skip
+
+    async def outputs(*args: Any) -> AsyncGenerator[Any, None]:
+        yield output
+
+    async def main(params: SamplingParams) -> list[Any]:
+        return [one async for one in _generate(outputs, None, "Hello?", params)]
+
+    steered = SamplingParams(extra_args={"costeer": {}})
+    if sentence is None:
+        assert asyncio.run(main(steered)) == [output]
+    else:
+        with pytest.raises(RetryableRequestError, match=sentence):
+            asyncio.run(main(steered))
+    assert asyncio.run(main(SamplingParams())) == [output]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
 from costeer_vllm.delta import encode_lossless
 from costeer_vllm.engine import hooks
+from costeer_vllm.engine.board import Board, Tickets
 from costeer_vllm.engine.processor import CoSteerLogitsProcessor
 from costeer_vllm.errors import InvalidParameter
 from costeer_vllm.protocol.messages import (
@@ -569,6 +571,40 @@ def test_a_row_without_a_distribution_is_neither_offered_nor_waited_for(processo
     processor.update_state(update(removed=[0, 1]))
     hear_out(hub, processor)
     assert [offer.stream.partition(".")[0] for offer in hub.messages(Candidates)] == ["good"]
+
+
+def test_a_row_without_a_distribution_fails_where_a_choice_is_asked_for(processor: CoSteerLogitsProcessor) -> None:
+    processor.update_state(update(add=[added(0, params("bad", on_missing="wait", **EDGE), [])]))
+    processor.apply(torch.full((1, VOCAB), torch.nan))
+    failure = processor._rows[0].stream.failure
+    assert failure is not None
+    assert "gives no token a probability" in failure
+
+
+def test_rows_that_change_places_as_they_come_back_keep_their_streams(
+    processor: CoSteerLogitsProcessor, hub: FakeHub, tmp_path: Path
+) -> None:
+    """All were preempted at once; vLLM lists a row that another request takes in the same update in no ``removed``."""
+    processor._board = board = Board(tmp_path / "board")
+    tickets = Tickets(board)
+    own = {name: params(name, ticket=tickets.issue()) for name in "abc"}
+    tokens: dict[str, list[int]] = {name: [] for name in "abc"}
+    processor.update_state(update(add=[added(row, own[name], tokens[name]) for row, name in enumerate("cab")]))
+    steer(processor, 3)
+    for ids in tokens.values():
+        ids.append(1)
+    processor.update_state(None)
+    processor.update_state(update(add=[added(row, own[name], tokens[name]) for row, name in enumerate("abc")]))
+    for row in steer(processor, 3):
+        assert_steered(row, [1])
+    assert len(hub.messages(Begin)) == 3
+    for name in "abc":
+        tickets.withdraw(own[name].extra_args["costeer"]["ticket"])
+    processor.update_state(update(removed=[0, 1, 2]))
+    hear_out(hub, processor)
+    assert len(hub.messages(End)) == 3
+    assert processor._table is not None
+    assert len(processor._table) == 0
 
 
 def test_chunks_of_a_prefill_neither_ask_nor_wait(processor: CoSteerLogitsProcessor, hub: FakeHub) -> None:

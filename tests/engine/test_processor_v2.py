@@ -513,3 +513,16 @@ def test_what_is_taken_back_is_a_rejected_draft_to_all_of_the_runner() -> None:
     for num_sampled, num_rejected in (counts, (output.num_sampled, output.num_rejected)):
         assert num_sampled.tolist() == [1, 0, 1]
         assert num_rejected.tolist() == [0, 1, 0]
+
+
+def test_a_request_that_comes_back_in_vain_is_not_answered_plainly(
+    processor: CoSteerLogitsProcessor, state: RequestState, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    runner = Runner(processor, state, random.Random(0))
+    one = Generation("a", params("a", on_missing="wait"), steered=True)
+    runner.step([one], [])
+    (stream,) = processor._slots.streams.values()  # type: ignore[union-attr]
+    monkeypatch.setattr(processor, "_begin", lambda *args: 1 / 0)
+    runner.add(one)
+    assert "add_request failed" in log.text
+    assert stream.failure is not None

@@ -31,7 +31,12 @@ def work(rank: int, store: str, endpoint: str, results: str) -> None:
     """One tensor-parallel worker: the processor under V1 for a few steps of one batch."""
     os.environ.update({"COSTEER_HUB": endpoint, "COSTEER_ATTACH_KEY": ""})
     from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+    from vllm.distributed import (
+        destroy_distributed_environment,
+        destroy_model_parallel,
+        ensure_model_parallel_initialized,
+        init_distributed_environment,
+    )
     from vllm.sampling_params import SamplingParams
     from vllm.v1.sample.logits_processor.interface import BatchUpdate
 
@@ -62,6 +67,8 @@ def work(rank: int, store: str, endpoint: str, results: str) -> None:
     np.save(f"{results}/{rank}.npy", np.stack(steps))
     assert processor._table is not None
     processor._table.close()  # what it has sent is out before the process is
+    destroy_model_parallel()  # threads of the group that are left at the end of a process abort it now and then
+    destroy_distributed_environment()
 
 
 def answer(exact: ExactEdges, message: Message) -> Iterable[HubToEngine]:

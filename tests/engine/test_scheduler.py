@@ -11,7 +11,7 @@ from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import FinishReason, Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -19,7 +19,8 @@ from costeer_vllm.demo.export import export
 from costeer_vllm.engine import settings
 from costeer_vllm.engine.board import ROWS, Board, State, open_board
 from costeer_vllm.engine.pace import MIN_GRACE_S
-from costeer_vllm.engine.scheduler import UNKNOWN, HoldingAsyncScheduler, HoldingScheduler
+from costeer_vllm.engine.scheduler import SESSION, UNKNOWN, HoldingAsyncScheduler, HoldingScheduler
+from costeer_vllm.errors import Unsupported
 from costeer_vllm.protocol.messages import Query
 from costeer_vllm.request import SteeringRequest, to_extra_args
 
@@ -42,13 +43,13 @@ class Engine:
     ended: dict[str, Any] = field(default_factory=dict)  # request id -> (reason, stop_reason)
     tokens: dict[str, list[int]] = field(default_factory=dict)
 
-    def add(self, name: str, fusion: str | None = "cloud", max_tokens: int = 50) -> Request:
+    def add(self, name: str, fusion: str | None = "cloud", max_tokens: int = 50, resumable: bool = False) -> Request:
         """A request that is steered, unless ``fusion`` is None."""
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
         if fusion is not None:
             asked = SteeringRequest(name, "laptop", Query(prompt="Hello?"), 1.0, fusion=fusion)
             params.extra_args = {"costeer": to_extra_args(asked)}
-        request = Request(name, [1, 2, 3], params, None)
+        request = Request(name, [1, 2, 3], params, None, resumable=resumable)
         self.scheduler.add_request(request)
         self.tokens[name] = []
         return request
@@ -504,6 +505,32 @@ def test_where_there_is_no_ticket_left_a_request_fails_with_a_sentence(engine: E
     reason, sentence = engine.ended["a"]
     assert (reason, "steered requests" in sentence) == (FinishReason.ERROR, True)
     assert engine.tokens["a"] == []
+
+
+def test_a_session_whose_prompt_goes_on_fails_with_a_sentence(engine: Engine) -> None:
+    engine.add("a", resumable=True)
+    engine.step()
+    assert engine.ended == {"a": (FinishReason.ERROR, SESSION)}
+    assert engine.tokens["a"] == []
+
+
+def test_without_a_board_there_is_no_engine(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("costeer_vllm.engine.scheduler.open_board", lambda config: None)
+    with pytest.raises(Unsupported, match="COSTEER_BOARD is not set in the engine's process"):
+        make(model, HoldingScheduler, False, False, monkeypatch, tmp_path)
+
+
+def test_what_vllm_puts_back_by_itself_is_not_put_back_twice(engine: Engine) -> None:
+    """A part of the cache could not be loaded (kv_load_failure_policy=recompute) in the step that is taken back."""
+    request = engine.add("a")
+    engine.step()
+    engine.settle(request)
+    step = engine.schedule()
+    sampled = [] if engine.take_back(request, 1) else [7]
+    lost = KVConnectorOutput(invalid_block_ids=set(engine.scheduler.kv_cache_manager.get_block_ids("a")[0]))
+    output = ModelRunnerOutput(["a"], {"a": 0}, [sampled], kv_connector_output=lost)
+    engine.scheduler.update_from_output(step, output)
+    assert request.num_computed_tokens == 0
 
 
 def test_a_bug_in_what_we_add_leaves_the_engine_alive(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,6 @@ which costs time and never a wrong token.
 """
 
 import enum
-import heapq
 import mmap
 import os
 import secrets
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from costeer_vllm.engine import settings
+from costeer_vllm.errors import Unsupported
 
 ROWS = 2**14  # steered requests at a time in one engine, waiting ones included; those beyond are steered without being held
 SENTENCE_BYTES = 384
@@ -61,7 +61,8 @@ class Board:
         size = _HEADER + ROWS * _ROW.itemsize
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
         try:
-            os.ftruncate(descriptor, size)  # sparse: a row takes memory once it is used
+            os.ftruncate(descriptor, size)
+            _reserve(descriptor, size)
             memory = mmap.mmap(descriptor, size)
         finally:
             os.close(descriptor)
@@ -114,7 +115,7 @@ class Tickets:
 
     def __init__(self, board: Board) -> None:
         self._live = board.rows["live"]
-        self._free = list(range(ROWS))  # a heap: low rows first, so that few of them take memory
+        self._free = list(reversed(range(ROWS)))
         self._issued = 0
 
     def issue(self) -> int | None:
@@ -122,14 +123,24 @@ class Tickets:
         if not self._free:
             return None
         self._issued += 1
-        ticket = self._issued * ROWS + heapq.heappop(self._free)
+        ticket = self._issued * ROWS + self._free.pop()
         self._live[ticket % ROWS] = ticket
         return ticket
 
     def withdraw(self, ticket: int) -> None:
         """The request is over."""
         self._live[ticket % ROWS] = 0
-        heapq.heappush(self._free, ticket % ROWS)
+        self._free.append(ticket % ROWS)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Take the memory now: a page that cannot be had later ends the process by a signal (SIGBUS)."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        sentence = f"costeer: {size} bytes of shared memory cannot be had ({error.strerror}): give /dev/shm more (--shm-size)"
+        raise Unsupported(sentence) from None
 
 
 def open_board(vllm_config: Any) -> Board | None:

@@ -135,6 +135,7 @@ def _resolve(processors: Sequence[Any] | None) -> tuple[list[Any], bool]:
 
 
 def _check_supported(config: Any) -> None:
+    launcher = getattr(config.parallel_config, "distributed_executor_backend", None)
     refusals = {
         "speculative decoding": config.speculative_config is not None,
         "a pooling model": config.model_config.runner_type == "pooling",
@@ -142,6 +143,7 @@ def _check_supported(config: Any) -> None:
         "a model with a state beside its KV cache": getattr(config.model_config, "has_inner_state", False),
         "batch-sharded sampling": getattr(config.parallel_config, "enable_batch_sharded_sampling", False),
         "pipeline parallelism": config.parallel_config.pipeline_parallel_size > 1,
+        "a scheduler in every rank (external_launcher)": launcher == "external_launcher",
         "a scheduler of one's own (--scheduler-cls)": config.scheduler_config.scheduler_cls not in (None, *SCHEDULERS.values()),
         "the Rust front end (VLLM_USE_RUST_FRONTEND)": os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
     }
@@ -296,15 +298,23 @@ def _generate(original: Callable[..., Any], llm: Any, prompt: Any, sampling_para
 
 
 async def _with_failures(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
-    """Raise the sentence with which the scheduler ended a request: HTTP 503, or an error event in a stream."""
+    """Raise why a request was ended: HTTP 503, or an error event in a stream."""
     async with contextlib.aclosing(outputs):  # so that a client that leaves aborts its request at once
         async for output in outputs:
             for choice in output.outputs:
-                if choice.finish_reason == "error" and str(choice.stop_reason).startswith(f"{NAME}: "):
+                if (sentence := _failure(choice)) is not None:
                     from vllm.exceptions import RetryableRequestError
 
-                    raise RetryableRequestError(choice.stop_reason)
+                    raise RetryableRequestError(sentence)
             yield output
+
+
+def _failure(choice: Any) -> str | None:
+    """The scheduler's sentence; or that vLLM gave the request up, which some routes would give out as a finished answer."""
+    if choice.finish_reason == "abort":
+        return f"{NAME}: the server gave this request up before its answer was whole: it is ending or paused"
+    reason = str(choice.stop_reason)
+    return reason if choice.finish_reason == "error" and reason.startswith(f"{NAME}: ") else None
 
 
 class _as_bad_request:

@@ -128,11 +128,11 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
         self._start_step()
 
     def _follow(self, update: BatchUpdate) -> None:
-        # ``removed`` does not list a row whose place an added or moved request takes in the same update.
-        for row in update.removed:
+        # ``removed`` does not list a row whose place an added or moved request takes in the same update. All that leave do so
+        # before the first one enters: a request that was preempted and is back may enter before its own row is taken.
+        for row in [*update.removed, *(row for row, *_ in update.added)]:
             self._leave_row(row)
         for row, params, prompt_ids, output_ids in update.added:
-            self._leave_row(row)
             if (request := _steering_request_or_none(params)) is not None:
                 stream = self._begin(request, output_ids, _stop_ids(params), _sampling(request, params))
                 self._rows[row] = _Row(stream, output_ids, _penalties(params, prompt_ids))
@@ -166,7 +166,7 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
 
     # Model Runner V2
 
-    @_total(lambda self, req_idx, sampling_params: False)
+    @_total(lambda self, req_idx, sampling_params: self._given_up(False))
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Take the slot's new occupant if it asks for steering; False lets the runner skip ``apply`` altogether."""
         self._vacate(req_idx)
@@ -260,7 +260,9 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
         shown = torch.stack([self._penalized(row, logits[row]) for row in asking])
         counts = [stream.request.candidates for stream in asking.values()]
         for stream, policy in zip(asking.values(), base_policies(shown, counts), strict=True):
-            if policy is not None:
+            if policy is None:
+                self._streams().cannot_ask(stream, "the large model gives no token a probability here")
+            else:
                 self._streams().offer(stream, encode_candidates(policy, stream.request.rounding))
 
     def _penalized(self, row: int, logits: torch.Tensor) -> torch.Tensor:
@@ -287,6 +289,8 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
 
     def _streams(self) -> StreamTable:
         if self._table is None:
+            if self._board is None:
+                logger.error("%s is not set here, so no request can be held, and the scheduler will fail them", settings.BOARD)
             self._table = StreamTable(_hub_link() if self._ranks.is_first else None, self._vocab_size, self._board)
             atexit.register(self._table.close)
         return self._table

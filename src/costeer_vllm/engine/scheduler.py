@@ -22,12 +22,20 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from costeer_vllm.engine import settings
 from costeer_vllm.engine.board import ROWS, State, Tickets, open_board, remove_board
 from costeer_vllm.engine.hooks import NAME
 from costeer_vllm.engine.pace import limit_s, wait_s
+from costeer_vllm.errors import Unsupported
 from costeer_vllm.request import with_ticket
 
 UNKNOWN = "costeer: this engine could not begin to steer the request: its log says why"
+FULL = f"costeer: this engine already has {ROWS} steered requests"
+SESSION = "costeer: a session, whose prompt goes on, cannot be steered"
+NO_BOARD = (
+    f"costeer: {settings.BOARD} is not set in the engine's process, which it must be to steer: start engine and front end on one "
+    "machine, and not by Ray"
+)
 MAX_UNASKED = 3  # steps: an answer that nobody asks for never comes, whatever we have misunderstood
 
 T = TypeVar("T")
@@ -38,7 +46,7 @@ logger = logging.getLogger("vllm.costeer")  # below vLLM's own logger: its handl
 class _Steered:
     """What the scheduler remembers of a steered request."""
 
-    __slots__ = ("counts", "filled", "fusion", "garbage", "leave_out", "num_unasked", "request", "ticket")
+    __slots__ = ("computed", "filled", "fusion", "garbage", "leave_out", "num_unasked", "request", "ticket")
 
     def __init__(self, request: Request, ticket: int, fusion: str) -> None:
         self.request, self.ticket, self.fusion = request, ticket, fusion
@@ -46,7 +54,7 @@ class _Steered:
         self.num_unasked = 0  # steps in a row that it was left out of for an answer that nobody has asked for yet
         self.filled = 0  # output tokens it had when its cache was filled last
         self.garbage = False  # runner V1: the steps in flight were fed a dropped token
-        self.counts = True  # its newest dropped token is among the computed ones
+        self.computed: int | None = None  # computed tokens, its newest dropped one among them; None: it is not
 
 
 class _Holding(Scheduler):  # type: ignore[misc]
@@ -55,27 +63,33 @@ class _Holding(Scheduler):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._is_async = isinstance(self, AsyncScheduler)
-        self._board = open_board(self.vllm_config)
+        board = open_board(self.vllm_config)
+        if board is None:
+            raise Unsupported(NO_BOARD)
         remove_board(self.vllm_config)  # the workers, who have it open, were started before
-        self._tickets = None if self._board is None else Tickets(self._board)
+        self._board, self._tickets = board, Tickets(board)
         self._steered: dict[str, _Steered] = {}  # by request id
-        self._unheld: list[Request] = []  # for which there was no ticket
+        self._refused: dict[str, str] = {}  # by request id: why it cannot be steered
         self._sampling: dict[int, tuple[SchedulerOutput, list[_Steered]]] = {}  # who gets a token in the steps under way, by id()
 
     def add_request(self, request: Request) -> None:
         """Give a steered request its ticket, which the processor finds among its parameters."""
         params = request.sampling_params
         asked = (params.extra_args or {}).get(NAME) if params is not None else None
-        if isinstance(asked, dict) and self._tickets is not None and request.request_id not in self.requests:
-            ticket = self._tickets.issue()
-            # A copy: in an engine within the client's process the children of one request share their parameters.
-            request.sampling_params = params = copy.copy(params)
-            params.extra_args = {**params.extra_args, NAME: with_ticket(asked, ticket)}
-            if ticket is None:
-                self._unheld.append(request)
-            else:
-                self._steered[request.request_id] = _Steered(request, ticket, asked.get("fusion", "cloud"))
+        if isinstance(asked, dict):  # nothing else passes the processor's validate_params
+            self._admit(request, asked)
         super().add_request(request)
+
+    def _admit(self, request: Request, asked: dict[str, Any]) -> None:
+        is_session = request.resumable or request.request_id in self.requests
+        ticket = None if is_session else self._tickets.issue()
+        # A copy: in an engine within the client's process the children of one request share their parameters.
+        request.sampling_params = params = copy.copy(request.sampling_params)
+        params.extra_args = {**params.extra_args, NAME: with_ticket(asked, ticket)}
+        if ticket is None:
+            self._refused[request.request_id] = SESSION if is_session else FULL
+        else:
+            self._steered[request.request_id] = _Steered(request, ticket, asked.get("fusion", "cloud"))
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """A step without the requests that it cannot afford to wait for."""
@@ -116,7 +130,7 @@ class _Holding(Scheduler):  # type: ignore[misc]
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         steered = self._steered.pop(request.request_id, None)
-        if steered is not None and self._tickets is not None:
+        if steered is not None:
             self._tickets.withdraw(steered.ticket)
         return super()._free_request(request, *args, **kwargs)
 
@@ -132,7 +146,6 @@ class _Holding(Scheduler):  # type: ignore[misc]
     # --- before a step
 
     def _left_out(self, decoding: Iterable[_Steered]) -> Iterable[Request]:
-        assert self._board is not None
         waits = {steered: self._wait(steered) for steered in decoding}
         others = len(self.running) > len(waits) or bool(self.waiting)
         limit = limit_s([0.0, *waits.values()] if others else list(waits.values()), self._board.step_s)
@@ -148,7 +161,6 @@ class _Holding(Scheduler):  # type: ignore[misc]
 
     def _wait(self, steered: _Steered) -> float:
         """W of a request, as pace.py defines it."""
-        assert self._board is not None
         row = self._board.rows[steered.ticket % ROWS]
         request, state = steered.request, int(row["state"])
         position = _position(request)
@@ -183,7 +195,8 @@ class _Holding(Scheduler):  # type: ignore[misc]
                 output.sampled_token_ids[index].clear()
                 output.prompt_logprobs_dict.pop(steered.request.request_id, None)  # vLLM gives them with a token only
                 # Of a preempted request what is still in flight is delivered, but its counters stand at 0.
-                steered.counts = steered.request.status == RequestStatus.RUNNING and not steered.request.num_stale_output_tokens
+                is_stale = steered.request.status != RequestStatus.RUNNING or steered.request.num_stale_output_tokens
+                steered.computed = None if is_stale else steered.request.num_computed_tokens
                 yield steered
 
     def _is_taken_back(self, steered: _Steered, tokens: list[int]) -> bool:
@@ -192,7 +205,6 @@ class _Holding(Scheduler):  # type: ignore[misc]
             return not tokens
         if steered.garbage:
             return True
-        assert self._board is not None
         row = self._board.rows[steered.ticket % ROWS]
         return bool(row["ticket"] == steered.ticket and row["taken_back"] == steered.request.num_output_tokens)
 
@@ -200,16 +212,16 @@ class _Holding(Scheduler):  # type: ignore[misc]
         request = steered.request
         if not self.use_v2_model_runner:
             steered.leave_out = request.status == RequestStatus.RUNNING  # else it is out already
-            steered.garbage = steered.counts and request.num_in_flight_tokens > 0
-        if steered.counts and request.status == RequestStatus.RUNNING:
+            steered.garbage = steered.computed is not None and request.num_in_flight_tokens > 0
+        # Else vLLM has put the request back by itself: it was preempted, or a part of its cache could not be loaded.
+        if steered.computed == request.num_computed_tokens and request.status == RequestStatus.RUNNING:
             request.num_computed_tokens -= 1
             request.num_output_placeholders = max(0, request.num_output_placeholders - 1)
 
     def _fail(self, sampling: Iterable[_Steered]) -> list[tuple[Request, str]]:
         """The requests that must fail, ended, and why; ``sampling``: those that got a token in this step."""
-        if not self._steered and not self._unheld:
+        if not self._steered and not self._refused:
             return []
-        assert self._board is not None
         rows = self._board.rows
         why = {
             request_id: bytes(rows["sentence"][steered.ticket % ROWS]).decode(errors="ignore")
@@ -221,8 +233,8 @@ class _Holding(Scheduler):  # type: ignore[misc]
             for steered in sampling
             if rows["ticket"][steered.ticket % ROWS] != steered.ticket and not steered.request.is_finished()
         }
-        why |= {request.request_id: f"costeer: this engine already has {ROWS} steered requests" for request in self._unheld}
-        self._unheld = []
+        why |= self._refused
+        self._refused = {}
         ended = self.finish_requests(list(why), RequestStatus.FINISHED_ERROR) if why else []
         return [(request, why[request.request_id]) for request in ended]
 

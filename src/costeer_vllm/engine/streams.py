@@ -239,7 +239,7 @@ class StreamTable:
         if self._is_live(stream) is False:  # ended while the step was under way: nobody will see this token
             stream.taken_back, stream.undecided = True, None
             return
-        is_open = stream.state(now) in (State.ASKED, State.FAILED)  # a row without a distribution is shown to nobody
+        is_open = stream.state(now) in (State.ASKED, State.FAILED)
         if is_open and self._is_live(stream) and self._link is not None:
             self.take_back(stream)
             return
