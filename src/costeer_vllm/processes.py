@@ -49,7 +49,7 @@ class Server(Running):
 
     def workers(self) -> list[str]:
         """Names of the attached edge workers."""
-        answer = httpx.get(f"http://{self.hub}/v1/workers", trust_env=False).raise_for_status().json()
+        answer = httpx.get(f"http://{self.hub}/v1/workers", trust_env=False, timeout=30.0).raise_for_status().json()
         return [worker["name"] for worker in answer["workers"]]
 
     def account(self, request_id: str) -> dict[str, Any]:
@@ -57,7 +57,10 @@ class Server(Running):
         url, accounts = f"http://{self.hub}/v1/streams/{request_id}", []
 
         def is_final() -> bool:
-            accounts.append(httpx.get(url, trust_env=False).raise_for_status().json())
+            answer = httpx.get(url, trust_env=False, timeout=30.0)
+            if answer.status_code == 404:  # its beginning is still on the way
+                return False
+            accounts.append(answer.raise_for_status().json())
             return all(stream["state"] == "finished" for stream in accounts[-1]["streams"])
 
         wait_until(is_final, self, 30.0)

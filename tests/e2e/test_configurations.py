@@ -62,7 +62,7 @@ def run_offline(
     answer_file = folder / "answer.json"
     answer_file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "tests.e2e.offline", str(folder), workers, json.dumps(arguments), str(answer_file)]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     answer: dict[str, Any] = json.loads(answer_file.read_text())
     return answer

@@ -117,7 +117,7 @@ def test_an_edge_that_is_late_for_some_tokens_is_used_for_the_others(deployment:
         return [] if position % 2 else [encode(Delta(question.stream, position, prefix_hash, payload))]
 
     with rogue_edge(deployment.server.hub, "rogue", vocabulary_of(deployment.folder / "large"), every_second):
-        steering = {"worker": "rogue", "on_missing": "continue", "deadline_ms": 100}
+        steering = {"worker": "rogue", "on_missing": "continue", "deadline_ms": 1000}
         answer = deployment.chat(QUERY, steering, max_tokens=8, extra_body={"ignore_eos": True})
         account = deployment.account(answer.id)
     # After a miss the engine does not wait again until it hears from the edge: some even positions are missed as well.
@@ -156,7 +156,7 @@ def test_an_edge_that_is_killed_mid_answer_costs_only_its_own_tokens(deployment:
 def test_an_edge_that_is_stopped_and_goes_on_is_used_again(deployment: Deployment, tmp_path: Any) -> None:
     with another_edge(deployment, "sleeper", tmp_path) as edge:
         steering = {"worker": "sleeper", "on_missing": "continue", "deadline_ms": 100}
-        stream = deployment.chat(QUERY, steering, stream=True, max_tokens=300, extra_body={"ignore_eos": True})
+        stream = deployment.chat(QUERY, steering, stream=True, max_tokens=150, extra_body={"ignore_eos": True})
         chunks = list(itertools.islice(stream, 10))
         os.kill(edge.process.pid, signal.SIGSTOP)
         try:
@@ -164,8 +164,8 @@ def test_an_edge_that_is_stopped_and_goes_on_is_used_again(deployment: Deploymen
         finally:
             os.kill(edge.process.pid, signal.SIGCONT)
         account = deployment.account(chunks[0].id)
-        assert account["tokens_steered"] + account["tokens_missed"] == 300
-        assert account["tokens_missed"] > 100
+        assert account["tokens_steered"] + account["tokens_missed"] == 150
+        assert account["tokens_missed"] > 40
         wait_until(lambda: "sleeper" in deployment.server.workers(), edge, 30.0)
         assert deployment.account(deployment.chat(QUERY, {**steering, "deadline_ms": 60_000}).id)["tokens_missed"] == 0
 

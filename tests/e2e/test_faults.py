@@ -78,7 +78,7 @@ class Asker:
 
 
 def num_live(hub: str) -> int:
-    return int(httpx.get(f"http://{hub}/healthz", trust_env=False).json()["streams"])
+    return int(httpx.get(f"http://{hub}/healthz", trust_env=False, timeout=30.0).json()["streams"])
 
 
 @pytest.fixture
@@ -100,9 +100,11 @@ def right(expected: list[list[int]], expected_of_candidates: list[list[int]]) ->
     return {"cloud": expected, "edge": expected_of_candidates}
 
 
-def start_edge(deployment: Deployment, hub: str, name: str, logs: Path) -> contextlib.AbstractContextManager[Running]:
+def start_edge(
+    deployment: Deployment, hub: str, name: str, logs: Path, wait: bool = True
+) -> contextlib.AbstractContextManager[Running]:
     """An edge worker with the context of the reference."""
-    return edge_worker(hub, name, deployment.folder / "small", deployment.contexts()[0], logs, EDGE_OPTIONS)
+    return edge_worker(hub, name, deployment.folder / "small", deployment.contexts()[0], logs, EDGE_OPTIONS, wait=wait)
 
 
 @pytest.fixture(scope="module")
@@ -130,24 +132,29 @@ def test_an_edge_worker_is_killed_and_comes_back(
     deployment = asker.deployment
     with relay_to(deployment.server.hub) as relay, ExitStack() as stack:
         edge = stack.enter_context(start_edge(deployment, relay.address, "mortal", tmp_path))
-        relay.stand_still_at(HALT_AT)
+        relay.stand_still()  # so that all begin at the same time
         waiting, brief, failing, going_on = (
             [asker.start(i, {"worker": "mortal", "fusion": FUSIONS[i], **kind}, stream=i == 0) for i in range(2)]
             for kind in KINDS
         )
+        relay.wait_for(lambda: len(relay.streams(Begin)) == 8)
+        relay.stand_still_at(HALT_AT)
+        relay.move()
         assert relay.stands_still.wait(120)
         os.kill(edge.process.pid, signal.SIGKILL)
+        again = stack.enter_context(start_edge(deployment, relay.address, "mortal", tmp_path / "again", wait=False))
+        beside = [asker.start(number) for number in range(4)]
         for in_the_stream, whole in (failing, brief):
             assert in_the_stream.result(60).error.startswith("costeer: edge worker 'mortal', token ")
             assert whole.result(60).error.startswith("Error code: 503 - costeer: edge worker 'mortal', token ")
-        assert [asker.ask(number).tokens for number in range(4)] == plain
+        assert [answer.result(120).tokens for answer in beside] == plain
         for answer in going_on:
             steered, missed = asker.counts(answer.result(120))
             assert (steered + missed, len(answer.result().tokens)) == (NUM_TOKENS, NUM_TOKENS)
-            assert 0 < steered <= HALT_AT
+            assert steered <= HALT_AT
         assert not any(answer.done() for answer in waiting)
         relay.restore()
-        stack.enter_context(start_edge(deployment, relay.address, "mortal", tmp_path / "again"))
+        wait_until(lambda: "attached as" in again.log_text, again)
         for number, (fusion, answer) in enumerate(zip(FUSIONS, waiting, strict=True)):
             assert answer.result(120).tokens == right[fusion][number]
             assert asker.counts(answer.result()) == (NUM_TOKENS, 0)

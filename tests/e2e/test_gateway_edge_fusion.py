@@ -102,7 +102,7 @@ def test_penalties_hold_and_probabilities_are_told(device: Device) -> None:
 @pytest.mark.parametrize("temperature", [0, 1])
 @pytest.mark.parametrize("max_bits", [0, 3, 12])
 def test_a_budget_holds_over_sampled_answers(device: Device, max_bits: float, temperature: float) -> None:
-    free = device.chat(temperature=temperature).costeer["disclosed_bits"]
+    free = device.chat().costeer["disclosed_bits"]  # greedy: a sampled answer may happen to disclose little
     for _ in range(3):
         found = device.chat({"max_bits": max_bits}, temperature=temperature).costeer
         assert found["disclosed_bits"] <= max_bits

@@ -296,6 +296,8 @@ class System:
             for (_, app), seen in zip(asked, progress, strict=True):
                 for _ in range(NUM_EVENTS_UNDER_WAY if app is not whole else 0):
                     assert seen.acquire(timeout=PATIENCE_S)
+            all_ = (1, 1, len(asked))
+            wait_until(lambda: self._hub_holds() == all_ or any(answer.done() for answer in answers), self._running["hub"])
             yield
             for answer in answers:
                 assert_clear(answer.result(), *doomed)
@@ -313,8 +315,13 @@ class System:
 
     def _is_tidy(self) -> bool:
         """Whether nothing is left of former answers and former processes."""
-        hub, edge = self.health("hub") or {}, self.health("edge") or {}
-        return (hub["workers"], hub["engines"], hub["streams"], edge["attached"]) == (1, 1, 0, True)
+        edge = self.health("edge") or {}
+        return self._hub_holds() == (1, 1, 0) and edge.get("attached") is True
+
+    def _hub_holds(self) -> tuple[object, ...]:
+        """Edge workers, engines and streams."""
+        hub = self.health("hub") or {}
+        return hub.get("workers"), hub.get("engines"), hub.get("streams")
 
 
 @pytest.fixture(scope="module")

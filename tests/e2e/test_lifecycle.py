@@ -82,13 +82,15 @@ def test_a_hub_elsewhere_with_a_key_may_restart(pair_folder: Path, tmp_path: Pat
         small = pair_folder / "small"
         edge = stack.enter_context(edge_worker(f"127.0.0.1:{port}", "here", small, context, tmp_path, EDGE_OPTIONS, secret))
         before = chat(server.url, "here")
-        stream = chat(server.url, "here", stream=True, max_tokens=600, on_missing="continue")
+        stream = chat(
+            server.url, "here", stream=True, stream_options={"include_usage": True}, max_tokens=600, on_missing="continue"
+        )
         answered = [next(stream)]
         stop(first.process)
         with pytest.raises(openai.BadRequestError, match="hub"):
             chat(server.url, "here")
         answered += list(stream)
-        assert len(answered) > 500  # the answer under way went on, its tokens plain
+        assert answered[-1].usage.completion_tokens > 500  # the answer under way went on, its tokens plain
         second = stack.enter_context(running(hub, tmp_path / "hub-again.log", secret))
         wait_until(lambda: "attached now" in second.log_text, edge, 60.0)
         after = chat(server.url, "here")

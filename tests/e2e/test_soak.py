@@ -37,7 +37,7 @@ NUM_CLIENTS, NUM_QUERIES = 8, 16
 WORKERS = ("steady", "coming", "far")
 CLIENT_S = 120.0  # an answer that takes longer is a hang
 SMALL_CACHE = ("--num-gpu-blocks-override", "40", "--block-size", "32")  # all of it is used early, and requests are preempted
-MOST_MIB = {"hub": 16, "server": 64, "steady": 32}  # that a process may grow by after the warm-up
+MOST_MIB = {"hub": 16, "server": 96, "steady": 32}  # that a process may grow by after the warm-up
 MOST_DESCRIPTORS = 4  # more than before: connections that a client or a monitor has just closed
 MOST_THREADS = 4  # more than before: asyncio's pool has (cores + 4) at the most and starts them one by one
 

@@ -75,9 +75,9 @@ def test_long_paragraphs_are_cut_at_lines_then_sentences_then_words(end: str, ot
 @pytest.mark.parametrize("unit", ["\n", "# \n", "# a\nb\n", ".", " ", "\n ", "ab ", "a", "漢", "。", "a\n\n", "\n" + " " * 5000])
 def test_the_longest_texts_take_seconds_at_most(unit: str) -> None:
     text = unit * (2**20 // len(unit.encode()))
-    start = time.monotonic()
+    start = time.process_time()  # of what else runs on the machine nothing is counted
     found = text_library(text).entries
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     assert "".join(entry.text for entry in found) == f"{text}\n\n"
     assert max(len(entry.text.encode()) for entry in found) <= MAX_ENTRY_BYTES
 

@@ -556,7 +556,7 @@ async def _long(call: Call) -> None:
 )
 def test_a_server_that_fails(tmp_path: Path, script: Any, status: int, code: str) -> None:
     async def main() -> None:
-        async with device(tmp_path, patience=replace(QUICK, answer_s=0.5)) as at:
+        async with device(tmp_path, patience=replace(QUICK, answer_s=2.0)) as at:
             at.server.script = script
             answer = await at.chat()
             assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
@@ -575,7 +575,7 @@ def test_a_stream_that_breaks_off_ends_with_an_error_event(tmp_path: Path, coste
         await call.chunk(b"")
 
     async def main() -> None:
-        async with device(tmp_path, patience=replace(QUICK, answer_s=0.5)) as at:
+        async with device(tmp_path, patience=replace(QUICK, answer_s=2.0)) as at:
             for how, code in ((reset, "server_broke_off"), (end, "server_broke_off"), (_hangs, "server_timeout")):
 
                 async def script(call: Call, how: Any = how) -> None:
@@ -633,7 +633,7 @@ def test_an_answer_may_speak_of_an_abort(tmp_path: Path, said: str) -> None:
 
 def test_a_stream_that_breaks_off_behind_its_end_is_whole(tmp_path: Path) -> None:
     async def main() -> None:
-        async with device(tmp_path, patience=replace(QUICK, answer_s=0.2)) as at:
+        async with device(tmp_path, patience=replace(QUICK, answer_s=2.0)) as at:
 
             async def script(call: Call) -> None:
                 at.steers(ref_of(call), steered=1)
@@ -869,8 +869,11 @@ def test_nothing_of_a_request_is_logged(tmp_path: Path, caplog: pytest.LogCaptur
     assert "sesame" not in caplog.text
 
 
+@pytest.mark.parametrize("its_stream", ["is lost", "has ended", "never began"])
 @pytest.mark.parametrize("is_streamed", [True, False])
-def test_a_server_that_is_ending_and_says_nothing_more_is_not_waited_for(tmp_path: Path, is_streamed: bool) -> None:
+def test_a_server_that_is_ending_and_says_nothing_more_is_not_waited_for(
+    tmp_path: Path, is_streamed: bool, its_stream: str
+) -> None:
     async def main() -> None:
         quick = replace(QUICK, silence_s=0.2, answer_s=20.0)
         async with device(tmp_path, patience=quick) as at:
@@ -880,12 +883,14 @@ def test_a_server_that_is_ending_and_says_nothing_more_is_not_waited_for(tmp_pat
                     await call.start_events()
                     await call.chunk(b'data: {"id": "x", "choices": []}\n\n')
                 at.server._server.close()  # takes no connections any more; those that are open stay
-                at.steers(ref_of(call), end=False)
-                at.accounts.received(End(f"{ref_of(call)}.0", "engine_gone", "the engine's connection is gone"), 10)
+                if its_stream != "never began":
+                    at.steers(ref_of(call), end=its_stream == "has ended")
+                if its_stream == "is lost":
+                    at.accounts.received(End(f"{ref_of(call)}.0", "engine_gone", "the engine's connection is gone"), 10)
                 await call.hung_up.wait()
 
             at.server.script = falls_silent
-            answer = await asyncio.wait_for(at.chat(stream=is_streamed), 5)
+            answer = await asyncio.wait_for(at.chat(stream=is_streamed), 10)
             assert "server_broke_off" in answer.text
             assert answer.status_code == (200 if is_streamed else 502)
 

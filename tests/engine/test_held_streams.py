@@ -160,7 +160,8 @@ def test_a_step_in_company_does_not_wait_and_takes_the_token_back(engine: Engine
     assert (stream.steered, stream.missed) == (1, 0), "what was taken back counts as nothing"
 
 
-def test_a_step_that_is_alone_waits_for_an_answer_on_its_way(engine: Engine) -> None:
+def test_a_step_that_is_alone_waits_for_an_answer_on_its_way(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams_module, "PATIENCE_S", TIMEOUT_S)
     stream = engine.begin()
     engine.hub.send(answer_to(stream))
     engine.table.collect([stream])
@@ -194,9 +195,8 @@ def test_without_a_ticket_the_step_waits_until_the_deadline(engine: Engine) -> N
     stream = engine.table.begin(request, [], frozenset())
     held = engine.begin()
     engine.hub.send(answer_to(held))
-    start = time.monotonic()
     engine.table.collect([stream, held], in_company=True)
-    assert time.monotonic() - start > 0.2
+    assert time.monotonic() >= stream.deadline
     assert (stream.taken_back, stream.undecided) == (False, False)
     assert held.answer is not None
 
@@ -297,11 +297,11 @@ def test_a_request_that_has_waited_long_enough_fails(engine: Engine) -> None:
 
 
 def test_what_the_worker_said_last_stands_in_the_sentence(engine: Engine) -> None:
-    stream = engine.begin(deadline_ms=200)
+    stream = engine.begin(deadline_ms=2000)
     engine.hear(End(stream.id, "detached", "the edge worker's connection is gone"))
     while stream.failure is None:
         engine.table.look_after()
-    assert stream.failure.endswith("no delta came within 200 ms: the edge worker's connection is gone")
+    assert stream.failure.endswith("no delta came within 2000 ms: the edge worker's connection is gone")
 
 
 def test_a_worker_that_fails_again_and_again_is_not_asked_for_ever(engine: Engine) -> None:
@@ -371,7 +371,7 @@ def test_continue_goes_on_unsteered_and_counts(engine: Engine, message: str) -> 
 
 
 def test_continue_is_held_until_its_deadline(engine: Engine) -> None:
-    stream = engine.begin("continue", deadline_ms=400)
+    stream = engine.begin("continue", deadline_ms=2000)
     engine.table.collect([stream], in_company=True)
     assert stream.taken_back
     while engine.row(stream)["state"] != State.SETTLED:

@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import stat
+import statistics
 import subprocess
 import sys
 import time
@@ -229,9 +230,9 @@ class TestRefusals:
 
 class TestLimits:
     def test_no_attach_in_time(self, tmp_path):
-        with running_hub(tmp_path, "limits=Limits(attach_timeout_s=0.2)") as hub, edge(hub) as worker, edge(hub) as other:
+        with running_hub(tmp_path, "limits=Limits(attach_timeout_s=2.0)") as hub, edge(hub) as worker, edge(hub) as other:
             other.attach()
-            assert closed_with(worker, 1008) == "no Attach within 0.2 s"
+            assert closed_with(worker, 1008) == "no Attach within 2 s"
             assert hub.counts() == (1, 0, 0)
 
     def test_a_worker_that_does_not_read_is_closed_and_its_streams_go_on_without_it(self, tmp_path):
@@ -252,7 +253,7 @@ class TestLimits:
             assert 'costeer_hub_edges_closed_total{reason="too_slow"} 1.0' in hub.get("/metrics")[1]
 
     def test_a_worker_that_answers_no_ping_is_detached(self, tmp_path):
-        limits = "limits=Limits(heartbeat_s=0.1)"
+        limits = "limits=Limits(heartbeat_s=1.0)"
         with running_hub(tmp_path, limits) as hub, socket.create_connection(hub.address.split(":")) as raw:
             raw.sendall(_handshake(hub.address))
             assert raw.recv(4096).startswith(b"HTTP/1.1 101 ")
@@ -418,9 +419,12 @@ def test_both_links_send_at_once(hub: RunningHub) -> None:
     with edge(hub) as worker, engine(hub) as server:
         worker.attach()
         server.join()
-        start = time.perf_counter()
-        steer(worker, server, positions=100)
-        assert time.perf_counter() - start < 100 * 0.02
+        times = []
+        for stream in range(50):
+            start = time.perf_counter()
+            steer(worker, server, f"quick-{stream}", positions=2)
+            times.append(time.perf_counter() - start)
+        assert statistics.median(times) < 0.04
 
 
 def test_the_log_of_all_this_holds_no_content(hub: RunningHub) -> None:

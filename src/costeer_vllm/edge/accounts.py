@@ -41,11 +41,6 @@ class Account:
         """Whether the counts are those of all tokens."""
         return self.is_settled and self.num_lost == 0
 
-    @property
-    def is_abandoned(self) -> bool:
-        """Whether its steering ended without the engine's word: with the engine, with the link, or by this worker."""
-        return self.num_open == 0 and self.num_lost > 0
-
     async def settle(self, timeout_s: float) -> None:
         """Wait until it is settled, but not for longer than ``timeout_s``."""
         with anyio.move_on_after(timeout_s):  # asyncio.wait_for can lose a cancellation before Python 3.12

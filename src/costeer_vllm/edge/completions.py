@@ -173,13 +173,14 @@ class Completions:
     async def _abandoned(self, account: Account, reply: "Reply") -> None:
         """Raises GatewayError if nobody is left to go on with the answer, never returns.
 
-        A server that is ending (vLLM on SIGTERM) may keep its connections open without a word for ever.
+        A server that is ending (vLLM on SIGTERM) may keep its connections open without a word for ever: also of a request that
+        its engine had not begun, or had ended in good order.
         """
         upstream = self._device.upstream
         while True:
             num_sent = reply.num_sent
             await asyncio.sleep(self._device.patience.silence_s)
-            if account.is_abandoned and reply.num_sent == num_sent and not await upstream.listens():
+            if account.num_open == 0 and reply.num_sent == num_sent and not await upstream.listens():
                 sentence = f"the server at {upstream.server} is ending and broke off its answer"
                 raise GatewayError(502, "server_broke_off", sentence)
 
