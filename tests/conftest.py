@@ -1,4 +1,7 @@
-"""What holds for every test: generated examples are the same in every run, however slow the machine is."""
+"""What holds for every test: generated examples are the same in every run, however slow the machine is.
+
+``pytest --hypothesis-profile=default`` looks for new ones.
+"""
 
 from hypothesis import HealthCheck, settings
 

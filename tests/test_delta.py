@@ -145,7 +145,7 @@ def sparse(with_context: FloatArray, without_context: FloatArray, strength: floa
     return decoded
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 2**32 - 1),
     vocab=st.integers(1, 2000),
@@ -334,7 +334,7 @@ def test_a_nan_in_one_row_does_not_spoil_the_other_ids() -> None:
 LOG_PROBABILITIES = st.one_of(st.floats(-(2.0**120), 0, width=32), st.just(-np.inf), st.just(np.nan))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(st.tuples(LOG_PROBABILITIES, LOG_PROBABILITIES), min_size=1, max_size=40),
     st.floats(-1000, 1000),

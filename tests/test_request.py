@@ -265,7 +265,7 @@ json_like = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.one_of(json_like, st.dictionaries(st.sampled_from(FIELDS), json_like, max_size=4)))
 def test_whatever_a_client_sends_options_are_sound_or_it_is_told(body: object) -> None:
     try:
@@ -319,7 +319,7 @@ queries = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     request=st.from_regex(r"[\x21-\x7e]{1,160}", fullmatch=True),
     worker=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._@:-]{0,127}", fullmatch=True),
@@ -459,7 +459,7 @@ anything = st.recursive(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.one_of(anything, st.dictionaries(st.sampled_from([*PLAIN, "deadline_ms", "on_missing", "grant"]), anything)))
 @example({**PLAIN, "query": {"prompt_ids": [2**70]}})
 def test_nothing_else_than_invalid_parameter_is_raised(value: object) -> None:
@@ -471,7 +471,7 @@ def test_nothing_else_than_invalid_parameter_is_raised(value: object) -> None:
     assert told is None or (told.startswith("costeer: ") and SECRET not in told)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.sampled_from([*PLAIN, "deadline_ms", "on_missing", "grant", "more"]), anything)
 def test_one_field_of_a_good_request_replaced_by_anything(field: str, value: object) -> None:
     try:

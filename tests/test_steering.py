@@ -39,7 +39,7 @@ hyperparameters = {
 }
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(seed=st.integers(0, 2**32 - 1), vocab=st.integers(2, 40), **hyperparameters)
 @example(seed=0, vocab=40, T=20, alpha=2.0, beta=1.0, player_lambda=2.0, eta=10.0)
 def test_strength_is_the_iterations_of_eq_7_in_one_scalar(seed: int, vocab: int, **values: Any) -> None:
@@ -183,7 +183,7 @@ def test_check_finite_returns_finite_floats_only(value: object) -> None:
     player_lambda=st.floats(),
     eta=st.floats(),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_whatever_is_given_the_strength_is_finite_and_bounded(**values: Any) -> None:
     try:
         params = SteeringParams(**values)

@@ -157,7 +157,7 @@ def to_extra_args(request: SteeringRequest) -> dict[str, Any]:
     return _Quiet(msgspec.to_builtins(request))
 
 
-def with_ticket(asked: Mapping[str, Any], ticket: int | None) -> dict[str, Any]:
+def with_ticket(asked: Mapping[str, Any], ticket: int) -> dict[str, Any]:
     """What ``to_extra_args`` made, as a mapping, with the scheduler's ticket."""
     return _Quiet({**asked, "ticket": ticket})
 

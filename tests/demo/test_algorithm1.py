@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from costeer_vllm.demo.algorithm1 import algorithm1, personalize
@@ -26,7 +26,6 @@ def steering_params(draw: st.DrawFn) -> SteeringParams:
         raise
 
 
-@settings(deadline=None)
 @given(steering_params(), st.integers(0, 2**32 - 1))
 def test_iterations_equal_the_collapsed_strength(params: SteeringParams, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -151,7 +151,7 @@ def test_an_edge_worker_is_killed_and_comes_back(
         for answer in going_on:
             steered, missed = asker.counts(answer.result(120))
             assert (steered + missed, len(answer.result().tokens)) == (NUM_TOKENS, NUM_TOKENS)
-            assert steered <= HALT_AT
+            assert 0 < steered <= HALT_AT
         assert not any(answer.done() for answer in waiting)
         relay.restore()
         wait_until(lambda: "attached as" in again.log_text, again)
@@ -162,9 +162,9 @@ def test_an_edge_worker_is_killed_and_comes_back(
 
 KINDS: list[dict[str, Any]] = [
     {},
-    {"deadline_ms": 3_000},
-    {"on_missing": "fail"},
-    {"on_missing": "continue"},
+    {"deadline_ms": 10_000},
+    {"on_missing": "fail", "deadline_ms": 60_000},
+    {"on_missing": "continue", "deadline_ms": 60_000},
 ]
 
 

@@ -44,7 +44,7 @@ RESTART_S = 200.0  # until a component is ready, and until all together steer ag
 NAMED_BY: dict[Component, str] = {
     "edge": r"^connection lost|worker_stops",
     "hub": r"not_attached|\bhub\b|no edge worker",
-    "server": r"server_unreachable|server_broke_off|EngineCore|gave this request up",  # the third is vLLM's own
+    "server": r"server_unreachable|server_broke_off|EngineCore|request was aborted",  # the third is vLLM's own
 }
 LOOKS_FOR_HUB = "Resolved architecture"  # vLLM's last words in the server's log before it looks for its hub
 OWN_SESSION = [sys.executable, "-c", "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"]

@@ -68,7 +68,7 @@ def vllms_own(scores: FloatArray, sampling: Sampling) -> FloatArray:
     return kept.softmax(-1)[0].numpy()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 80), samplings)
 def test_temperature_min_p_top_k_and_top_p_mean_what_they_mean_in_vllm(seed: int, size: int, sampling: Sampling) -> None:
     assume(sampling.temperature > 0)
@@ -111,7 +111,6 @@ def test_ties_at_top_k_are_kept_as_in_vllm() -> None:
     assert (found > 0).all()
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.floats(-5, 5), samplings, st.floats(0, 1, exclude_max=True))
 def test_greedy_is_the_largest_of_base_plus_strength_times_delta(
     seed: int, strength: float, sampling: Sampling, uniform: float
@@ -134,7 +133,7 @@ def test_greedy_takes_the_first_of_equals(uniform: float) -> None:
 T20 = SteeringParams()
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1))
 def test_at_temperature_1_the_distribution_is_that_of_algorithm_1(seed: int) -> None:
     base, delta = random_pair(seed)
@@ -215,7 +214,6 @@ def test_a_greedy_token_tells_as_much_as_it_was_unlikely() -> None:
     assert (drawn.token, drawn.bits) == (1, pytest.approx(2.0))
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), samplings, st.floats(0, 1, exclude_max=True))
 def test_without_strength_nothing_is_told(seed: int, sampling: Sampling, uniform: float) -> None:
     base, delta = random_pair(seed)
@@ -227,7 +225,7 @@ def test_without_strength_nothing_is_told(seed: int, sampling: Sampling, uniform
 # The budget
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     seed=st.integers(0, 2**32 - 1),
     size=st.integers(1, 40),

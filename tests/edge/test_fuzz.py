@@ -157,7 +157,7 @@ def test_a_hub_that_says_nothing_else_is_left(model_dir: Path, tmp_path: Path) -
 
 
 @given(st.one_of(st.binary(max_size=300), st.text(max_size=50)))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_any_frame_is_a_message_or_nothing(frame: Any) -> None:
     _decode(frame)
 
@@ -179,7 +179,7 @@ messages = st.one_of(
 
 
 @given(st.lists(st.tuples(messages, st.booleans()), max_size=40))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_order_of_messages_keeps_the_streams_in_order(
     events: list[tuple[Begin | Advance | Candidates | End, bool]],
 ) -> None:

@@ -152,7 +152,7 @@ def test_file_names_and_headings_are_searched_too(tokenizer: Any, tmp_path: Path
 # --- the budget ---
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.text(st.sampled_from("ab walnut漢🙂\n.é"), max_size=150), max_size=12),
     st.integers(1, 80),

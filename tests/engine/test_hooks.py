@@ -60,6 +60,7 @@ def vllm_config(**changes: Any) -> Any:
         ({"pipeline": 2}, "pipeline parallelism"),
         ({"state": True}, "a model with a state beside its KV cache"),
         ({"sharded": True}, "batch-sharded sampling"),
+        ({"launcher": "ray"}, "Ray"),
         ({"launcher": "external_launcher"}, r"a scheduler in every rank \(external_launcher\)"),
         ({"scheduler": "my.own.Scheduler"}, r"a scheduler of one's own \(--scheduler-cls\)"),
     ],
@@ -87,7 +88,7 @@ def chat(costeer: Any) -> ChatCompletionRequest:
     ("finish_reason", "stop_reason", "sentence"),
     [
         ("error", "costeer: edge worker 'laptop', token 3: it is gone", "costeer: edge worker 'laptop', token 3: it is gone"),
-        ("abort", None, "costeer: the server gave this request up"),
+        ("abort", None, "costeer: this request was aborted"),
         ("stop", "costeer: a stop string of one's own", None),
         ("error", "another's", None),
         (None, None, None),

@@ -23,7 +23,7 @@ def random_logits(seed: int, num_rows: int = 1) -> torch.Tensor:
 # The likeliest tokens
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 70), min_size=1, max_size=5))
 def test_every_row_shows_as_many_of_its_likeliest_tokens_as_were_asked_for(seed: int, counts: list[int]) -> None:
     logits = random_logits(seed, len(counts))
@@ -98,7 +98,7 @@ def vllms_own(penalties: Penalties, logits: torch.Tensor, output_ids: list[int])
 token_lists = st.lists(st.integers(0, VOCAB - 1), max_size=12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     seed=st.integers(0, 2**32 - 1),
     prompt_ids=token_lists,

@@ -819,7 +819,7 @@ def test_an_update_that_cannot_be_read_stops_steering(processor: CoSteerLogitsPr
 
 
 @pytest.mark.parametrize("address", ["nonsense", ""])
-def test_without_the_address_of_a_hub_tokens_are_missed_and_told(
+def test_without_the_address_of_a_hub_it_is_told_that_requests_fail(
     processor: CoSteerLogitsProcessor, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture, address: str
 ) -> None:
     monkeypatch.setenv("COSTEER_HUB", address)

@@ -515,7 +515,7 @@ def test_a_session_whose_prompt_goes_on_fails_with_a_sentence(engine: Engine) ->
 
 
 def test_without_a_board_there_is_no_engine(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("costeer_vllm.engine.scheduler.open_board", lambda config: None)
+    monkeypatch.setattr("costeer_vllm.engine.scheduler.open_board", lambda config, reserve: None)
     with pytest.raises(Unsupported, match="COSTEER_BOARD is not set in the engine's process"):
         make(model, HoldingScheduler, False, False, monkeypatch, tmp_path)
 
@@ -525,12 +525,29 @@ def test_what_vllm_puts_back_by_itself_is_not_put_back_twice(engine: Engine) -> 
     request = engine.add("a")
     engine.step()
     engine.settle(request)
-    step = engine.schedule()
-    sampled = [] if engine.take_back(request, 1) else [7]
+    lose_cache_and_take_back(engine, request, engine.schedule())
+    assert request.num_computed_tokens == 0
+
+
+def test_async_what_vllm_puts_back_by_itself_is_not_put_back_twice(async_engine: Engine) -> None:
+    engine = async_engine
+    request = engine.add("a")
+    engine.step()
+    steps = []
+    for _ in range(2):
+        engine.settle(request)
+        steps.append(engine.schedule())
+    lose_cache_and_take_back(engine, request, steps[0])
+    assert request.num_computed_tokens == 0
+    engine.finish(steps[1], without=("a",) if engine.is_v2 else ())
+    assert request.num_computed_tokens == 0
+
+
+def lose_cache_and_take_back(engine: Engine, request: Request, step: SchedulerOutput) -> None:
+    sampled = [] if engine.take_back(request, request.num_output_tokens) else [7]
     lost = KVConnectorOutput(invalid_block_ids=set(engine.scheduler.kv_cache_manager.get_block_ids("a")[0]))
     output = ModelRunnerOutput(["a"], {"a": 0}, [sampled], kv_connector_output=lost)
     engine.scheduler.update_from_output(step, output)
-    assert request.num_computed_tokens == 0
 
 
 def test_a_bug_in_what_we_add_leaves_the_engine_alive(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

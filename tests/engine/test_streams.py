@@ -682,7 +682,7 @@ def test_no_log_line_shows_the_query_or_the_grant(engine: Engine, log: pytest.Lo
 Step = Callable[[], None]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.sampled_from(["right", "stale", "guess", "bad", "twice", "nothing"]), st.integers(0, 6)), max_size=12)
 )

@@ -807,7 +807,7 @@ def perform(ends, step):
             ends.deliver(ends.router.sweep(ends.now))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(STEPS, max_size=60))
 def test_any_order_of_frames_and_losses_keeps_the_books_straight(steps):
     ends = Ends(Limits(max_streams=2, max_attachments=2))

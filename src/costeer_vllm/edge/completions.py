@@ -43,6 +43,7 @@ MAX_BODY_BYTES = 16 * 2**20
 MAX_BODIES_BYTES = 64 * 2**20  # of all requests that are being read or answered
 MAX_BYTES_PARSED_HERE = 2**20  # longer ones are parsed in a thread, so that other answers go on
 PART_BYTES = 64 * 2**10  # of an answer, which an app must take in time
+NUM_PROBES = 2  # in a row: a network that is gone for a moment leaves a connection as it is
 GAVE_UP = "the server gave this request up before its answer was whole: is it ending or paused?"
 
 Costeer: TypeAlias = Callable[[], Awaitable[dict[str, Any]]]  # the answer's costeer object, once its counts are known
@@ -176,13 +177,14 @@ class Completions:
         A server that is ending (vLLM on SIGTERM) may keep its connections open without a word for ever: also of a request that
         its engine had not begun, or had ended in good order.
         """
-        upstream = self._device.upstream
-        while True:
+        upstream, num_failed = self._device.upstream, 0
+        while num_failed < NUM_PROBES:
             num_sent = reply.num_sent
             await asyncio.sleep(self._device.patience.silence_s)
-            if account.num_open == 0 and reply.num_sent == num_sent and not await upstream.listens():
-                sentence = f"the server at {upstream.server} is ending and broke off its answer"
-                raise GatewayError(502, "server_broke_off", sentence)
+            is_silent = account.num_open == 0 and reply.num_sent == num_sent and not reply.is_sending
+            num_failed = num_failed + 1 if is_silent and not await upstream.listens() else 0
+        sentence = f"the server at {upstream.server} is ending and broke off its answer"
+        raise GatewayError(502, "server_broke_off", sentence)
 
     async def _relay(self, headers: Mapping[str, str], body: bytes, reply: "Reply", costeer: Costeer | None = None) -> None:
         upstream = self._device.upstream
@@ -231,6 +233,7 @@ class Reply:
         self._send, self._patience_s = send, patience_s
         self._is_started = False
         self.num_sent = 0  # messages
+        self.is_sending = False  # it waits for the app
         self.is_whole = False  # the app has the last of what it asked for
 
     async def start(self, status: int, headers: Mapping[str, str], num_bytes: int | None = None) -> None:
@@ -265,12 +268,15 @@ class Reply:
         return await self.end()
 
     async def _pass(self, message: dict[str, Any]) -> None:
+        self.is_sending = True
         try:
             with anyio.fail_after(self._patience_s):  # asyncio.wait_for can lose a cancellation before Python 3.12
                 await self._send(message)
             self.num_sent += 1
         except TimeoutError:
             raise ClientDisconnect from None
+        finally:
+            self.is_sending = False
 
 
 @contextlib.asynccontextmanager

@@ -26,7 +26,7 @@ class Patience:
     answer_s: float = 600.0  # for the next byte of the server, as the openai client does
     client_s: float = 60.0  # for the app to send its request, and to take the next part of the answer
     counts_s: float = 2.0  # for the engine's counts, after the answer
-    silence_s: float = 5.0  # for the next byte of an abandoned answer: then it is seen whether the server is still there
+    silence_s: float = 5.0  # for the next byte of an answer that nobody steers (any more): then the server is looked for
     end_s: float = 5.0  # for the server to end a stream, after its [DONE]
 
 

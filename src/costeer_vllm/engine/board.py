@@ -27,7 +27,7 @@ import numpy as np
 from costeer_vllm.engine import settings
 from costeer_vllm.errors import Unsupported
 
-ROWS = 2**14  # steered requests at a time in one engine, waiting ones included; those beyond are steered without being held
+ROWS = 2**14  # steered requests at a time in one engine, waiting ones included; those beyond fail
 SENTENCE_BYTES = 384
 _HEADER = 64  # bytes; the first eight are the processor's step_s
 _ROW = np.dtype(
@@ -56,14 +56,24 @@ class State(enum.IntEnum):
 class Board:
     """One table. The processor writes rows, the scheduler hands out tickets."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the table at ``path``, or make it; the memory lasts for as long as somebody has it open."""
+    def __init__(self, path: Path, reserve: bool = False) -> None:
+        """Open the table at ``path``, or make it; the memory lasts for as long as somebody has it open.
+
+        ``reserve``: take all of it now. A page that cannot be had later ends the process by a signal (SIGBUS).
+
+        Raises:
+            Unsupported: if there is not so much.
+        """
         size = _HEADER + ROWS * _ROW.itemsize
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
         try:
             os.ftruncate(descriptor, size)
-            _reserve(descriptor, size)
+            if reserve and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, size)
             memory = mmap.mmap(descriptor, size)
+        except OSError as error:
+            sentence = f"costeer: {path.parent} has no room for {size} bytes ({error.strerror}); for /dev/shm see --shm-size"
+            raise Unsupported(sentence) from None
         finally:
             os.close(descriptor)
         self.rows = np.frombuffer(memory, _ROW, ROWS, _HEADER)
@@ -133,20 +143,10 @@ class Tickets:
         self._free.append(ticket % ROWS)
 
 
-def _reserve(descriptor: int, size: int) -> None:
-    """Take the memory now: a page that cannot be had later ends the process by a signal (SIGBUS)."""
-    try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        sentence = f"costeer: {size} bytes of shared memory cannot be had ({error.strerror}): give /dev/shm more (--shm-size)"
-        raise Unsupported(sentence) from None
-
-
-def open_board(vllm_config: Any) -> Board | None:
+def open_board(vllm_config: Any, reserve: bool = False) -> Board | None:
     """The board of an engine, for its processor and its scheduler alike; None if the server was not started with us."""
     path = settings.board()
-    return None if path is None else Board(_path(path, vllm_config))
+    return None if path is None else Board(_path(path, vllm_config), reserve)
 
 
 def remove_board(vllm_config: Any) -> None:

@@ -135,15 +135,17 @@ def _resolve(processors: Sequence[Any] | None) -> tuple[list[Any], bool]:
 
 
 def _check_supported(config: Any) -> None:
-    launcher = getattr(config.parallel_config, "distributed_executor_backend", None)
+    parallel = config.parallel_config
+    executor = getattr(parallel, "distributed_executor_backend", None)
     refusals = {
         "speculative decoding": config.speculative_config is not None,
         "a pooling model": config.model_config.runner_type == "pooling",
         "a diffusion model": getattr(config.model_config, "is_diffusion", False),
         "a model with a state beside its KV cache": getattr(config.model_config, "has_inner_state", False),
-        "batch-sharded sampling": getattr(config.parallel_config, "enable_batch_sharded_sampling", False),
-        "pipeline parallelism": config.parallel_config.pipeline_parallel_size > 1,
-        "a scheduler in every rank (external_launcher)": launcher == "external_launcher",
+        "batch-sharded sampling": getattr(parallel, "enable_batch_sharded_sampling", False),
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "a scheduler in every rank (external_launcher)": executor == "external_launcher",
+        "Ray": "ray" in (executor, getattr(parallel, "data_parallel_backend", None)),
         "a scheduler of one's own (--scheduler-cls)": config.scheduler_config.scheduler_cls not in (None, *SCHEDULERS.values()),
         "the Rust front end (VLLM_USE_RUST_FRONTEND)": os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
     }
@@ -157,7 +159,8 @@ def _check_scheduler() -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request
 
-    used = {"next_decode_eligible_step", "num_output_placeholders", "num_computed_tokens", "num_in_flight_tokens"}
+    used = {"next_decode_eligible_step", "num_output_placeholders", "num_computed_tokens", "num_in_flight_tokens", "resumable",
+            "num_stale_output_tokens"}  # fmt: skip
     gone = sorted(used - set(Request.__init__.__code__.co_names))
     gone += [name for name in ("_free_request", "finish_requests", "update_from_output") if not hasattr(Scheduler, name)]
     if "next_decode_eligible_step" not in Scheduler.schedule.__code__.co_names:
@@ -312,7 +315,7 @@ async def _with_failures(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[A
 def _failure(choice: Any) -> str | None:
     """The scheduler's sentence; or that vLLM gave the request up, which some routes would give out as a finished answer."""
     if choice.finish_reason == "abort":
-        return f"{NAME}: the server gave this request up before its answer was whole: it is ending or paused"
+        return f"{NAME}: this request was aborted: by its id, or since the server is ending or paused"
     reason = str(choice.stop_reason)
     return reason if choice.finish_reason == "error" and reason.startswith(f"{NAME}: ") else None
 

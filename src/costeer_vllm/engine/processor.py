@@ -64,7 +64,7 @@ def _total(fallback: Callable[..., T]) -> Callable[[Callable[P, T]], Callable[P,
             try:
                 return hook(*args, **kwargs)
             except Exception:
-                logger.exception("%s failed; the tokens concerned are unsteered", hook.__name__)
+                logger.exception("%s failed; the tokens concerned are unsteered, or their requests fail", hook.__name__)
                 return fallback(*args, **kwargs)
 
         return total
@@ -246,7 +246,7 @@ class CoSteerLogitsProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ign
         try:
             self._offer(logits, rows)
         except Exception:
-            logger.exception("candidates cannot be shown; the tokens concerned are unsteered")
+            logger.exception("candidates cannot be shown; the tokens concerned are unsteered, or their requests fail")
             for stream in rows.values():
                 if stream.sampling is not None:
                     self._streams().cannot_ask(stream, "the engine cannot show it the candidates")

@@ -46,7 +46,7 @@ logger = logging.getLogger("vllm.costeer")  # below vLLM's own logger: its handl
 class _Steered:
     """What the scheduler remembers of a steered request."""
 
-    __slots__ = ("computed", "filled", "fusion", "garbage", "leave_out", "num_unasked", "request", "ticket")
+    __slots__ = ("counts", "filled", "fusion", "garbage", "leave_out", "num_unasked", "request", "ticket")
 
     def __init__(self, request: Request, ticket: int, fusion: str) -> None:
         self.request, self.ticket, self.fusion = request, ticket, fusion
@@ -54,7 +54,7 @@ class _Steered:
         self.num_unasked = 0  # steps in a row that it was left out of for an answer that nobody has asked for yet
         self.filled = 0  # output tokens it had when its cache was filled last
         self.garbage = False  # runner V1: the steps in flight were fed a dropped token
-        self.computed: int | None = None  # computed tokens, its newest dropped one among them; None: it is not
+        self.counts = True  # its newest dropped token is among the computed ones
 
 
 class _Holding(Scheduler):  # type: ignore[misc]
@@ -63,10 +63,12 @@ class _Holding(Scheduler):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._is_async = isinstance(self, AsyncScheduler)
-        board = open_board(self.vllm_config)
+        try:
+            board = open_board(self.vllm_config, reserve=True)
+        finally:
+            remove_board(self.vllm_config)  # the workers, who have it open, were started before
         if board is None:
             raise Unsupported(NO_BOARD)
-        remove_board(self.vllm_config)  # the workers, who have it open, were started before
         self._board, self._tickets = board, Tickets(board)
         self._steered: dict[str, _Steered] = {}  # by request id
         self._refused: dict[str, str] = {}  # by request id: why it cannot be steered
@@ -85,10 +87,11 @@ class _Holding(Scheduler):  # type: ignore[misc]
         ticket = None if is_session else self._tickets.issue()
         # A copy: in an engine within the client's process the children of one request share their parameters.
         request.sampling_params = params = copy.copy(request.sampling_params)
-        params.extra_args = {**params.extra_args, NAME: with_ticket(asked, ticket)}
-        if ticket is None:
+        if ticket is None:  # nobody is asked about it until it is ended
+            params.extra_args = {name: value for name, value in params.extra_args.items() if name != NAME}
             self._refused[request.request_id] = SESSION if is_session else FULL
         else:
+            params.extra_args = {**params.extra_args, NAME: with_ticket(asked, ticket)}
             self._steered[request.request_id] = _Steered(request, ticket, asked.get("fusion", "cloud"))
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
@@ -195,8 +198,7 @@ class _Holding(Scheduler):  # type: ignore[misc]
                 output.sampled_token_ids[index].clear()
                 output.prompt_logprobs_dict.pop(steered.request.request_id, None)  # vLLM gives them with a token only
                 # Of a preempted request what is still in flight is delivered, but its counters stand at 0.
-                is_stale = steered.request.status != RequestStatus.RUNNING or steered.request.num_stale_output_tokens
-                steered.computed = None if is_stale else steered.request.num_computed_tokens
+                steered.counts = steered.request.status == RequestStatus.RUNNING and not steered.request.num_stale_output_tokens
                 yield steered
 
     def _is_taken_back(self, steered: _Steered, tokens: list[int]) -> bool:
@@ -212,9 +214,9 @@ class _Holding(Scheduler):  # type: ignore[misc]
         request = steered.request
         if not self.use_v2_model_runner:
             steered.leave_out = request.status == RequestStatus.RUNNING  # else it is out already
-            steered.garbage = steered.computed is not None and request.num_in_flight_tokens > 0
-        # Else vLLM has put the request back by itself: it was preempted, or a part of its cache could not be loaded.
-        if steered.computed == request.num_computed_tokens and request.status == RequestStatus.RUNNING:
+            steered.garbage = steered.counts and request.num_in_flight_tokens > 0
+        is_put_back = request.num_computed_tokens < request.num_tokens  # by vLLM: a part of its cache could not be loaded
+        if steered.counts and not is_put_back and request.status == RequestStatus.RUNNING:
             request.num_computed_tokens -= 1
             request.num_output_placeholders = max(0, request.num_output_placeholders - 1)
 

@@ -26,7 +26,7 @@ def log_probs(generator: torch.Generator, num: int, vocab: int, scale: float = 2
     return (scale * torch.randn(num, vocab, generator=generator, dtype=torch.float64)).log_softmax(-1)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1))
 def test_kl_is_the_definition(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -40,7 +40,7 @@ def test_kl_is_the_definition(seed: int) -> None:
     torch.testing.assert_close(log_partition(base, delta, [0.0]), torch.zeros(3, 1, dtype=torch.float64))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1))
 def test_kl_is_convex_in_the_strength(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
