@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 
 from costeer_vllm.demo.export import export
@@ -67,6 +68,12 @@ class Deployment:
     def account(self, request_id: str) -> dict[str, Any]:
         """The hub's account of a request once all of its streams have ended."""
         return self.server.account(request_id)
+
+
+def family(process: Running) -> list[psutil.Process]:
+    """A process and all that it has started."""
+    parent = psutil.Process(process.process.pid)
+    return [parent, *parent.children(recursive=True)]
 
 
 @contextmanager

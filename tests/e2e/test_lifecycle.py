@@ -17,7 +17,7 @@ import pytest
 from costeer_vllm.demo.task import EVENTS
 from costeer_vllm.processes import edge_worker, free_port, running, serving, stop, wait_until
 
-from .conftest import EDGE_OPTIONS, RUNNERS, SERVER_OPTIONS
+from .conftest import EDGE_OPTIONS, RUNNERS, SERVER_OPTIONS, family
 
 ROOT = Path(__file__).parents[2]
 QUERY = f"Write an invitation to the {EVENTS[2].name}."
@@ -64,7 +64,7 @@ def test_costeer_serve_runs_the_examples_and_takes_its_hub_along(pair_folder: Pa
                 assert name not in printed.rpartition("---")[0]
             assert healthy(hub_port)
             assert chat(f"http://127.0.0.1:{port}/v1", "martin-laptop", **GRAMMAR).choices[0].message.content in ("yes", "no")
-            orphans = psutil.Process(server.process.pid).children(recursive=True)  # vLLM's engine outlives its front end
+            _, *orphans = family(server)  # vLLM's engine outlives its front end
             os.kill(server.process.pid, signal.SIGKILL)
             server.process.wait()
             try:

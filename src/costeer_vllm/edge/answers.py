@@ -122,15 +122,16 @@ class _Answer(msgspec.Struct):
     choices: list[_Choice] = []
 
 
-def is_broken_off(data: bytes) -> bool:
-    """Whether a choice of this answer, or chunk of one, ends with "abort": vLLM's word for what it gave up, as on SIGTERM.
+def is_broken_off(answer: bytes) -> bool:
+    """Whether a choice of this answer, or event of one, ends with "abort": vLLM's word for what it gave up, as on SIGTERM.
 
     No client of OpenAI's knows the word, so that a short answer would look finished.
     """
-    if b'"abort"' not in data:
+    if b'"abort"' not in answer:
         return False
     try:
-        return any(choice.finish_reason == "abort" for choice in msgspec.json.decode(data, type=_Answer).choices)
+        found = msgspec.json.decode(event_data(answer) or answer, type=_Answer)
+        return any(choice.finish_reason == "abort" for choice in found.choices)
     except UNREADABLE:
         return False
 

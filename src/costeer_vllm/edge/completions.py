@@ -208,7 +208,7 @@ class Completions:
             first = first or event_data(event)
             if is_done(event):
                 break
-            if is_broken_off(event_data(event)):
+            if is_broken_off(event):
                 raise GatewayError(502, "server_broke_off", GAVE_UP)
             await reply.send(event)
         else:
